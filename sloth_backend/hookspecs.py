@@ -1,0 +1,88 @@
+"""Every hook a plugin can answer. A plugin is a module or object whose functions are marked with ``hookimpl``.
+
+Third parties publish theirs under the entry point group ``sloth_backend``. They are registered after the
+built-ins, hence called before them: they win the hooks that stop at the first result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from sloth_backend.findings import Edits, Finding, Report
+    from sloth_backend.plan import MemoryPlan
+    from sloth_backend.roles import Role
+    from sloth_backend.run import Run
+    from sloth_kernels.op import Op
+
+PROJECT = "sloth_backend"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def sloth_check(run: Run, model: nn.Module | None) -> list[str] | None:
+    """Called before anything is changed, again once the model is loaded where the host loads it late.
+
+    Returns:
+        Problems that make the run impossible, each a sentence that names the cause and the remedy. Those of all
+        plugins and of the host adapter are raised together as one SlothConfigError.
+    """
+
+
+@hookspec
+def sloth_ops() -> list[Op] | None:
+    """Called when the ops are first needed; of several ops with one name the first wins, third parties before built-ins."""
+
+
+@hookspec
+def sloth_roles() -> list[Role] | None:
+    """Called when a model is about to be matched; the roles of all plugins are tried in order, third parties' first."""
+
+
+@hookspec
+def sloth_heal_tokenizer(tokenizer: PreTrainedTokenizerBase, run: Run, edits: Edits) -> list[Finding] | None:
+    """Called in phase A, before the host tokenises: mend ``tokenizer`` in place.
+
+    Each change is registered with ``edits`` so that it can be taken back.
+    """
+
+
+@hookspec
+def sloth_fix_embeddings(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, run: Run, edits: Edits
+) -> list[Finding] | None:
+    """Called in phase B, as soon as the weights are loaded: repair embedding rows in place.
+
+    ``model`` may already carry adapters, where the user made them.
+    """
+
+
+@hookspec(firstresult=True)
+def sloth_memory_plan(model: nn.Module, run: Run) -> MemoryPlan | None:
+    """Called once in phase C, before the model is patched: what each layer does with its activations.
+
+    Stops at the first result that is not None.
+    """
+
+
+@hookspec
+def sloth_patch_model(
+    model: nn.Module, run: Run, ops: Mapping[str, Op], roles: list[Role], plan: MemoryPlan | None, edits: Edits
+) -> list[Finding] | None:
+    """Called in phase C, when model and adapters are complete: put fast paths in place on this instance alone.
+
+    ``model`` is the causal language model inside any adapter wrapper. Every change goes through ``edits``; classes,
+    modules and parameters are left as they are. Each candidate that is not changed gets a Finding that says why.
+    """
+
+
+@hookspec
+def sloth_report(run: Run, report: Report) -> None:
+    """Called at the end of phase C with everything that was found; for logging and tracking."""

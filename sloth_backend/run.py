@@ -1,0 +1,63 @@
+"""Run: the frozen facts of one training set-up, the same for every plugin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sloth_backend.config import SlothConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Run:
+    """Who asked, for what, on what.
+
+    Attributes:
+        host: ``"trl"``, ``"axolotl"``, ``"accelerate"`` or ``"user"`` (``sloth_backend.optimize``).
+        config: the options.
+        device: where the model's first parameter lives; None while there is no model.
+        dtype: the dtype of the model's floating weights (of its norms where the linears are quantised).
+        quantization: ``"bnb-4bit"``, ``"bnb-8bit"``, another method's name, or None.
+        gradient_checkpointing: whether the host will checkpoint layers; None where only the model will tell.
+        problems: combinations the host adapter found that cannot work; reported with those of the plugins.
+    """
+
+    host: str
+    config: SlothConfig
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    quantization: str | None = None
+    gradient_checkpointing: bool | None = None
+    problems: tuple[str, ...] = field(default=(), repr=False)
+
+    def describe(self) -> str:
+        """``trl, cuda:0, bfloat16, bnb-4bit``: the run in a few words."""
+        dtype = str(self.dtype).removeprefix("torch.") if self.dtype else None
+        return ", ".join(str(part) for part in (self.host, self.device, dtype, self.quantization) if part)
+
+
+def describe_model(model: nn.Module) -> dict[str, object]:
+    """The facts of a Run that a model knows: ``device``, ``dtype`` and ``quantization``."""
+    tensors = list(model.parameters())
+    floating = [t for t in tensors if t.is_floating_point()]
+    config = getattr(model, "config", None)
+    quantization = getattr(config, "quantization_config", None)
+    return {
+        "device": tensors[0].device if tensors else None,
+        "dtype": floating[0].dtype if floating else None,
+        "quantization": _quantization_name(quantization),
+    }
+
+
+def _quantization_name(config: object | None) -> str | None:
+    if config is None:
+        return None
+    values = config if isinstance(config, dict) else vars(config)
+    for bits in ("4bit", "8bit"):
+        if values.get(f"load_in_{bits}") or values.get(f"_load_in_{bits}"):
+            return f"bnb-{bits}"
+    return str(values.get("quant_method", "unknown"))
