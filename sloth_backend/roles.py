@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+ProbeShapes = Mapping[str, tuple[int, int]]
+"""Child name -> (out_features, in_features) of the small ``nn.Linear`` that stands in for it in the probe."""
+
 
 @dataclass(frozen=True)
 class Role:
@@ -18,24 +21,25 @@ class Role:
     Attributes:
         name: the role's name, such as ``rms_norm``.
         op: the op it runs on.
-        parameters: the module's own parameters and their number of dimensions, exactly these.
-        children: alternative sets of child names, exactly one of which the module must have, with no others of
-            its own; an ``activation`` child (one without parameters) is always allowed.
         forward: ``forward(module, op, variant, *inputs)``, the role's computation written over any such module;
-            ``op`` is the op's function or its reference.
-        inputs: ``inputs(module, randn)`` makes the probe's positional inputs; ``randn(*shape)`` draws in the
-            module's dtype.
-        global_function: instead of replacing the whole forward, replace this function that it looks up in its
-            module's globals, such as ``apply_rotary_pos_emb``; ``forward`` then takes that function's arguments
-            after ``module``, ``op`` and ``variant``.
-        attributes: attribute name -> alternatives of which the module must have one.
+            ``op`` is the op's function or, in the probe, its reference.
+        probes: ``probes(module, randn)`` yields one or more tuples of positional inputs to compare on, each meant
+            for one layout the op knows; ``randn(*shape)`` draws in the module's dtype. The module must take at
+            least one of them.
+        parameters: the module's own parameters and their number of dimensions, exactly these.
+        children: alternative sets of children, one of which the module must have exactly; activations and other
+            leaves without parameters do not count.
+        attributes: groups of attribute names, of each of which the module must have one.
+        global_functions: for roles that replace no forward but a function that the module's forward looks up among
+            its module's globals, such as ``apply_rotary_pos_emb``: the names it goes by. ``forward`` then takes
+            that function's arguments after ``module``, ``op`` and ``variant``.
     """
 
     name: str
     op: str
     forward: Callable[..., Any]
-    inputs: Callable[..., tuple[Any, ...]]
+    probes: Callable[..., Any]
     parameters: Mapping[str, int] = field(default_factory=dict)
-    children: tuple[frozenset[str], ...] = (frozenset(),)
-    attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    global_function: str | None = None
+    children: tuple[ProbeShapes, ...] = ({},)
+    attributes: tuple[tuple[str, ...], ...] = ()
+    global_functions: tuple[str, ...] = ()

@@ -1,0 +1,131 @@
+"""Every causal LM that transformers knows, tiny and random: which paths does each get, and is its loss the same?
+
+usage: survey.py [--out FILE.json] [--only NAME ...]
+
+Prints one line an architecture and writes JSON. An architecture that cannot be made this small, or that is no plain
+decoder, is listed with the reason. Losses and gradients are compared in float32 with the model's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import sloth_backend
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "d_model": 32,
+    "n_embd": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "num_layers": 2,
+    "decoder_layers": 2,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LIMIT = 30_000_000
+"""Parameters beyond which an architecture counts as one that cannot be made small by these names."""
+
+
+def make(name: str) -> Any:
+    """A tiny model of architecture ``name``, or an exception that says why not."""
+    known = AutoConfig.for_model(name)
+    options = {key: value for key, value in TINY.items() if hasattr(known, key)}
+    config = AutoConfig.for_model(name, **options)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if size > LIMIT:
+        raise ValueError(f"{size:,} parameters with the usual names of sizes")
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+
+
+def run(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of one fixed batch, in evaluation-free training mode without randomness."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def survey(name: str) -> dict[str, Any]:
+    """What one architecture gets, and how far loss and gradients are from its own."""
+    try:
+        model = make(name)
+        stock, stock_gradients = run(copy.deepcopy(model))
+    except Exception as error:
+        return {"name": name, "made": False, "reason": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
+    try:
+        sloth_backend.optimize(model, config={"print_report": False})
+        loss, gradients = run(model)
+    except Exception as error:
+        return {"name": name, "made": True, "failed": f"{type(error).__name__}: {error}"[:300]}
+    findings = sloth_backend.report(model).findings
+    scale = max(float(g.abs().max()) for g in stock_gradients.values())
+    return {
+        "name": name,
+        "made": True,
+        "changed": dict(Counter(f.capability for f in findings if f.action == "changed")),
+        "skipped": sorted({f"{f.capability}: {f.reason}" for f in findings if f.action == "skipped"}),
+        "loss_difference": abs(float(loss - stock)),
+        "gradient_difference": max(
+            float((gradients[n] - g).abs().max()) / scale for n, g in stock_gradients.items()
+        ),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    if not row["made"]:
+        return f"{row['name']:28} not made: {row['reason']}"
+    if "failed" in row:
+        return f"{row['name']:28} FAILED: {row['failed']}"
+    changed = " ".join(f"{k}:{v}" for k, v in row["changed"].items())
+    return f"{row['name']:28} loss {row['loss_difference']:.1e} grad {row['gradient_difference']:.1e}  {changed}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out")
+    parser.add_argument("--only", nargs="*")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    rows = []
+    for name in arguments.only or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        rows.append(survey(name))
+        print(line(rows[-1]), flush=True)
+    if arguments.out:
+        with open(arguments.out, "w") as file:
+            json.dump({"torch": torch.__version__, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""The loss without the logits, and without a copied forward.
+
+While the model's forward runs with labels, ``lm_head`` answers with LazyLogits; ``model.loss_function`` hands hidden
+states and weight to the fused op; the outputs carry token counts. Whoever needs logits gets them, computed then.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import ModelOutput
+
+from sloth_backend.findings import Edits, Finding
+from sloth_kernels.op import Op
+from sloth_plugins.kernel_patching.lazy_logits import LazyLogits, Product
+
+CAPABILITY = "linear_cross_entropy"
+_deferring: ContextVar[bool] = ContextVar("sloth_deferring_logits", default=False)
+
+
+def patch_loss(model: Any, op: Op, edits: Edits) -> Finding:
+    """Make ``model`` (a causal LM inside any wrapper) compute its loss by ``op``; the Finding says if it could."""
+    head = _active_head(model)
+    obstacle = _obstacle(model, head)
+    if obstacle:
+        return Finding("skipped", "loss", f"{obstacle}; the model computes its logits and loss itself", CAPABILITY)
+    edits.set(head, "forward", types.MethodType(_lazy_forward(type(head).forward), head))
+    _set_loss_function(model, _fused_loss(op.fn), edits)
+    edits.set(model, "forward", types.MethodType(_deferring_forward(type(model).forward), model))
+    trained = "trained" if head.weight.requires_grad else "frozen"
+    return Finding("changed", "loss", f"{op.name} kernel over the {trained} head; logits only on demand", CAPABILITY)
+
+
+def _active_head(model: Any) -> Any:
+    """The output projection that runs: PEFT's ``modules_to_save`` keeps the trained one inside a wrapper."""
+    head = model.get_output_embeddings()
+    copies, active = getattr(head, "modules_to_save", None), getattr(head, "active_adapters", ())
+    return copies[active[0]] if copies and len(active) == 1 and active[0] in copies else head
+
+
+def _obstacle(model: Any, head: Any) -> str | None:
+    """Why the loss cannot be fused, or None."""
+    if "forward" in vars(model):
+        return f"the model's forward is already replaced, by {vars(model)['forward'].__module__}"
+    if "loss_function" not in _code_names(type(model).forward):
+        return f"{type(model).__name__}.forward does not call self.loss_function"
+    if model.loss_function is not ForCausalLMLoss:
+        return f"its loss function is {_name(model.loss_function)}, not ForCausalLMLoss"
+    return _head_obstacle(head)
+
+
+def _head_obstacle(head: Any) -> str | None:
+    kind = type(head).__name__
+    if hasattr(head, "base_layer"):
+        return f"lm_head carries an adapter ({kind})"
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return f"lm_head is a {kind}, not a plain nn.Linear"
+    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+        return "lm_head has hooks or a replaced forward"
+    if "weight" not in head._parameters or not head.weight.is_floating_point():
+        return "lm_head's weight is quantised or computed"
+    return None
+
+
+def _code_names(function: Callable[..., Any]) -> set[str]:
+    return set(inspect.unwrap(function).__code__.co_names)
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "__qualname__", type(value).__name__)
+
+
+def _set_loss_function(model: Any, loss: Callable[..., Any], edits: Edits) -> None:
+    """Through transformers' public setter; ``_loss_function`` is the one attribute it writes."""
+    edits.set(model, "_loss_function", loss)
+
+
+def _lazy_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+        if not _deferring.get():
+            return original(self, hidden)
+        kind = hidden.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        product = Product(self, functools.partial(original, self), hidden, autocast)
+        return LazyLogits(product, autocast or hidden.dtype)
+
+    return forward
+
+
+def _deferring_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.get("labels")
+        if labels is None and args:
+            labels = signature.bind_partial(self, *args, **kwargs).arguments.get("labels")
+        if labels is None and kwargs.get("shift_labels") is None:
+            return original(self, *args, **kwargs)
+        token = _deferring.set(True)
+        try:
+            return _counted(original(self, *args, **kwargs))
+        finally:
+            _deferring.reset(token)
+
+    return forward
+
+
+def _fused_loss(fn: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(ForCausalLMLoss)
+    def loss_function(
+        logits: torch.Tensor,
+        labels: torch.Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not isinstance(logits, LazyLogits):
+            return ForCausalLMLoss(
+                logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+            )
+        product, epilogue = logits.product, logits.epilogue
+        if shift_labels is None:
+            assert labels is not None  # noqa: S101 - one of the two is what made the forward defer
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        product.sums = fn(
+            product.hidden.reshape(-1, product.hidden.shape[-1]),
+            product.head.weight,
+            shift_labels.reshape(-1).to(product.hidden.device),
+            product.head.bias,
+            scale=epilogue.logit_scale,
+            softcap=epilogue.softcap,
+            ignore_index=ignore_index,
+        )
+        return _normalise(product.sums, num_items_in_batch)
+
+    return loss_function
+
+
+def _normalise(sums: Any, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    """Sum over the host's own count of items, else the mean over the valid tokens (0 where there are none)."""
+    if num_items is None:
+        return sums.loss_sum / sums.n_valid.clamp(min=1)
+    return sums.loss_sum / (num_items.to(sums.loss_sum.device) if torch.is_tensor(num_items) else num_items)
+
+
+class TokenCounts:
+    """Mixed into a model's output class: what a host reports without looking at logits.
+
+    The counts travel with ``logits``, so they survive accelerate's copying of outputs.
+    """
+
+    @property
+    def num_correct_tokens(self) -> torch.Tensor:
+        """Tokens whose label is the most likely one."""
+        return self.logits.product.sums.n_correct  # type: ignore[attr-defined]
+
+    @property
+    def entropy_sum(self) -> torch.Tensor:
+        """Sum of the predictive distributions' entropies over valid tokens, in nats."""
+        return self.logits.product.sums.entropy_sum  # type: ignore[attr-defined]
+
+    @property
+    def num_valid_tokens(self) -> torch.Tensor:
+        """Tokens with a label."""
+        return self.logits.product.sums.n_valid  # type: ignore[attr-defined]
+
+
+def _counted(outputs: Any) -> Any:
+    """The outputs with TokenCounts mixed in, where their logits stayed lazy and the loss was fused."""
+    logits = getattr(outputs, "logits", None)
+    if isinstance(outputs, ModelOutput) and isinstance(logits, LazyLogits) and logits.product.sums is not None:
+        outputs.__class__ = _counting_class(type(outputs))
+    return outputs
+
+
+@functools.cache
+def _counting_class(cls: type) -> type:
+    return type(cls.__name__, (TokenCounts, cls), {"__module__": __name__})
