@@ -44,9 +44,7 @@ class Report:
 
     def of(self, *, action: Action | None = None, capability: str | None = None) -> list[Finding]:
         """The findings of one action, one capability, or both."""
-        return [
-            f for f in self.findings if action in (None, f.action) and capability in (None, f.capability)
-        ]
+        return [f for f in self.findings if action in (None, f.action) and capability in (None, f.capability)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: ``run``, ``counts`` by action, and ``findings`` as dictionaries."""
@@ -54,7 +52,7 @@ class Report:
         return {"run": self.run, "counts": dict(counts), "findings": [asdict(f) for f in self.findings]}
 
     def __str__(self) -> str:
-        from sloth_backend.report import render
+        from sloth_backend.table import render
 
         return render(self)
 

@@ -38,7 +38,7 @@ def sloth_check(run: Run, model: nn.Module | None) -> list[str] | None:
 
 @hookspec
 def sloth_ops() -> list[Op] | None:
-    """Called when the ops are first needed; of several ops with one name the first wins, third parties before built-ins."""
+    """Called when ops are needed; of several with one name the first wins, third parties' before built-ins'."""
 
 
 @hookspec

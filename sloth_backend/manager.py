@@ -6,12 +6,14 @@ import functools
 import importlib
 import os
 import sys
+import types
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from sloth_backend import hookspecs
+from sloth_backend.config import SlothConfigError
 from sloth_backend.findings import Edits, Finding, Report, sign
 
 if TYPE_CHECKING:
@@ -48,8 +50,7 @@ class SlothManager:
         """Add a plugin, unless its name is disabled; its answers are signed and its failures named."""
         if name in self.disabled:
             return
-        self.pm.register(plugin, name)
-        _attribute(self.pm, plugin, name)
+        self.pm.register(_attributed_plugin(plugin, name), name)
 
     def load_builtins(self) -> None:
         """Register the plugins named in ``BUILTIN``."""
@@ -143,17 +144,17 @@ def _flatten(answers: list[list[Any] | None]) -> list[Any]:
     return [item for answer in answers if answer for item in answer]
 
 
-def _attribute(pm: pluggy.PluginManager, plugin: object, name: str) -> None:
-    """Make each of the plugin's hook functions sign its findings and name itself when it fails."""
-    for caller in pm.get_hookcallers(plugin) or ():
-        for impl in caller.get_hookimpls():
-            if impl.plugin is plugin and not (impl.wrapper or impl.hookwrapper):
-                impl.function = _attributed(impl.function, name, caller.name)
+def _attributed_plugin(plugin: object, name: str) -> object:
+    """The plugin's hook functions, each of which signs its findings and names the plugin when it fails."""
+    marker = f"{hookspecs.PROJECT}_impl"
+    found = {key: value for key in dir(plugin) if hasattr(value := getattr(plugin, key), marker)}
+    plain = {key: not (vars(f)[marker]["wrapper"] or vars(f)[marker]["hookwrapper"]) for key, f in found.items()}
+    return types.SimpleNamespace(
+        __name__=name, **{key: _attributed(f, name, key) if plain[key] else f for key, f in found.items()}
+    )
 
 
 def _attributed(function: Callable[..., Any], plugin: str, hook: str) -> Callable[..., Any]:
-    from sloth_backend.config import SlothConfigError
-
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         try:

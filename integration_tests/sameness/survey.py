@@ -96,9 +96,7 @@ def survey(name: str) -> dict[str, Any]:
         "changed": dict(Counter(f.capability for f in findings if f.action == "changed")),
         "skipped": sorted({f"{f.capability}: {f.reason}" for f in findings if f.action == "skipped"}),
         "loss_difference": abs(float(loss - stock)),
-        "gradient_difference": max(
-            float((gradients[n] - g).abs().max()) / scale for n, g in stock_gradients.items()
-        ),
+        "gradient_difference": max(float((gradients[n] - g).abs().max()) / scale for n, g in stock_gradients.items()),
     }
 
 

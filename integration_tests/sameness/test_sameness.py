@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from integration_tests.sameness.architectures import SPECIALS, make_batches, make_model
 from peft import LoraConfig, get_peft_model
 
 import sloth_backend
+from integration_tests.sameness.architectures import SPECIALS, make_batches, make_model
 from sloth_kernels import launch
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}

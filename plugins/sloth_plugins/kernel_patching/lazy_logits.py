@@ -102,7 +102,7 @@ class LazyLogits(torch.Tensor):
         return self
 
     def materialize(self) -> torch.Tensor:
-        """The logits as an ordinary tensor, kept for the next use unless that one needs a gradient and this has none."""
+        """The logits as an ordinary tensor, kept for the next use unless that needs a gradient and this has none."""
         stale = self._computed is not None and torch.is_grad_enabled() and not self._computed.requires_grad
         if self._computed is None or stale:
             logits = self.product.compute()

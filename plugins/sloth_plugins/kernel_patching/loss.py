@@ -128,17 +128,14 @@ def _fused_loss(fn: Callable[..., Any]) -> Callable[..., torch.Tensor]:
         **kwargs: Any,
     ) -> torch.Tensor:
         if not isinstance(logits, LazyLogits):
-            return ForCausalLMLoss(
-                logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
-            )
+            return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
         product, epilogue = logits.product, logits.epilogue
-        if shift_labels is None:
-            assert labels is not None  # noqa: S101 - one of the two is what made the forward defer
+        if shift_labels is None and labels is not None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         product.sums = fn(
             product.hidden.reshape(-1, product.hidden.shape[-1]),
             product.head.weight,
-            shift_labels.reshape(-1).to(product.hidden.device),
+            shift_labels.reshape(-1).to(product.hidden.device),  # type: ignore[union-attr]
             product.head.bias,
             scale=epilogue.logit_scale,
             softcap=epilogue.softcap,

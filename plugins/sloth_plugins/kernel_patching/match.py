@@ -112,21 +112,38 @@ def _kind(child: nn.Module) -> str:
 
 
 def _probe(module: nn.Module, role: Role, op: Op, dtype: torch.dtype) -> Match:
-    """Compare the module's own computation with each variant's reference on every probe input it accepts."""
-    randn = _generator(dtype)
+    """The first variant that agrees in the run's dtype and in bfloat16.
+
+    Two variants that differ only in where they cast look alike in float32, yet autocast will hand a float32 model
+    bfloat16 activations: bfloat16 tells them apart.
+    """
+    candidates = list(op.variants)
+    for probe_dtype in dict.fromkeys((dtype, torch.bfloat16)):
+        outcome = _agreeing(module, role, op, candidates, _generator(probe_dtype))
+        if isinstance(outcome, str):
+            return Match(reason=outcome)
+        candidates = outcome
+    return Match(variant=candidates[0])
+
+
+def _agreeing(
+    module: nn.Module, role: Role, op: Op, variants: list[str], randn: Callable[..., torch.Tensor]
+) -> list[str] | str:
+    """The variants whose reference equals the module's own computation on every probe it takes, or why none does."""
     try:
         theirs = _own_computation(module, role, randn)
     except Exception as error:
-        return Match(reason=f"no stand-in of {type(module).__name__} could be made: {error}")
+        return f"no stand-in of {type(module).__name__} could be made: {error}"
     outcomes = [(inputs, _attempt(theirs.call, inputs)) for inputs in role.probes(theirs.module, randn)]
     taken = [(inputs, output) for inputs, output in outcomes if not isinstance(output, Exception)]
     if not taken:
-        return Match(reason=f"the probe's inputs do not fit its forward: {outcomes[0][1]}")
-    for variant in op.variants:
-        ours = [_attempt(role.forward, (theirs.module, op.reference, variant, *inputs)) for inputs, _ in taken]
-        if all(_same(mine, output) for mine, (_, output) in zip(ours, taken, strict=True)):
-            return Match(variant=variant)
-    return Match(reason=f"computes something else than {role.name} ({', '.join(op.variants)})")
+        return f"the probe's inputs do not fit its forward: {outcomes[0][1]}"
+
+    def agrees(variant: str) -> bool:
+        call = (theirs.module, op.reference, variant)
+        return all(_same(_attempt(role.forward, (*call, *inputs)), output) for inputs, output in taken)
+
+    return [v for v in variants if agrees(v)] or f"computes something else than {role.name} ({', '.join(op.variants)})"
 
 
 @dataclass(frozen=True)
@@ -162,9 +179,7 @@ def _random_like(p: torch.Tensor, randn: Callable[..., torch.Tensor]) -> nn.Para
     return nn.Parameter(randn(*p.shape).to(p.dtype), requires_grad=False)
 
 
-def _tiny_children(
-    module: nn.Module, role: Role, randn: Callable[..., torch.Tensor]
-) -> dict[str, nn.Module | None]:
+def _tiny_children(module: nn.Module, role: Role, randn: Callable[..., torch.Tensor]) -> dict[str, nn.Module | None]:
     bearing = dict(_bearing_children(module))
     shapes: ProbeShapes = next((s for s in role.children if set(s) == set(bearing)), {})
     children: dict[str, nn.Module | None] = dict(module._modules)

@@ -17,9 +17,7 @@ from sloth_kernels.op import Op
 from sloth_plugins.kernel_patching.match import Matcher, global_function, inputs_of
 
 
-def patch_modules(
-    model: nn.Module, run: Run, ops: Mapping[str, Op], roles: list[Role], edits: Edits
-) -> list[Finding]:
+def patch_modules(model: nn.Module, run: Run, ops: Mapping[str, Op], roles: list[Role], edits: Edits) -> list[Finding]:
     """Match every module of ``model`` against ``roles`` and patch those that match; one Finding a candidate."""
     matcher = Matcher(run.dtype or torch.get_default_dtype())
     findings = []

@@ -30,7 +30,8 @@ def rms_norm_forward(module: nn.Module, op: Callable[..., Any], variant: str, x:
 
 def rms_norm_probes(module: nn.Module, randn: Callable[..., torch.Tensor]) -> Iterator[tuple[torch.Tensor]]:
     """A few rows of very different magnitude, so that the place of epsilon shows."""
-    yield (randn(6, module.weight.shape[0]) * torch.tensor([1e-4, 1e-2, 0.3, 1.0, 7.0, 90.0])[:, None],)
+    x = randn(6, *module._parameters["weight"].shape)  # type: ignore[union-attr]
+    yield (x * torch.tensor([1e-4, 1e-2, 0.3, 1.0, 7.0, 90.0], dtype=x.dtype)[:, None],)
 
 
 def glu_forward(module: nn.Module, op: Callable[..., Any], variant: str, x: torch.Tensor) -> torch.Tensor:

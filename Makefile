@@ -1,0 +1,86 @@
+# Each target makes the virtual environment it needs. `make gpu-test VENV=` uses the Python at hand instead.
+
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(if $(shell $(name) -c $(SUPPORTED) 2>/dev/null && echo yes),$(name))) python3)
+ARGS   ?=
+JOBS   ?= 2
+
+SUPPORTED = 'import sys; sys.exit(sys.version_info < (3, 11))'
+ROOTS     = $(CURDIR):$(CURDIR)/plugins:$(CURDIR)/kernels
+PIP       = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+ifeq ($(VENV),)
+  PY = PYTHONPATH=$(ROOTS)$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
+else
+  PY       = $(VENV)/bin/python
+  DEMO_ENV = $(VENV)/demo.stamp
+  TEST_ENV = $(VENV)/test.stamp
+endif
+
+HF_HUB_OFFLINE ?= 1
+export HF_HUB_OFFLINE
+export TOKENIZERS_PARALLELISM = false
+
+STEPS = ruff format imports types kernels suite
+
+.PHONY: help demo test lint gpu-test gpu-bench clean $(STEPS)
+
+help:
+	@echo "make demo       train a small model through TRL with the backend on (ARGS=\"--steps 100\", ...)"
+	@echo "make test       linters, types and all tests that need no GPU"
+	@echo "make lint       linters and types only"
+	@echo "make gpu-test   the tests that need a CUDA GPU; VENV= uses the Python at hand"
+	@echo "make gpu-bench  time the ops on a CUDA GPU, into docs/benchmarks; VENV= as above"
+	@echo "make clean      remove the environment and everything that was built"
+
+demo: $(DEMO_ENV)
+	$(PY) -m sloth_backend.cli demo $(ARGS)
+
+test: $(TEST_ENV)
+	@failed=; summary=; for step in $(STEPS); do \
+	  printf '\n== %s\n' "$$step"; start=$$(date +%s); \
+	  if $(MAKE) --no-print-directory "$$step"; then verdict=passed; else verdict=FAILED; failed="$$failed $$step"; fi; \
+	  summary="$$summary$$(printf '\n  %-8s %s in %s s' "$$step" "$$verdict" "$$(( $$(date +%s) - start ))")"; \
+	done; \
+	printf '\n== summary%s\n' "$$summary"; \
+	if [ -n "$$failed" ]; then echo "FAILED:$$failed"; exit 1; fi; echo "all passed"
+
+lint: ruff format imports types
+
+ruff: $(TEST_ENV)
+	$(PY) -m ruff check .
+format: $(TEST_ENV)
+	$(PY) -m ruff format --check .
+imports: $(TEST_ENV)
+	$(PY) -c 'from importlinter.cli import lint_imports_command as lint; lint()'
+types: $(TEST_ENV)
+	$(PY) -m pyright $(if $(VENV),--pythonpath $(VENV)/bin/python)
+kernels: $(TEST_ENV)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not gpu" integration_tests/ops
+suite: $(TEST_ENV)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not gpu" integration_tests
+
+gpu-test: $(TEST_ENV)
+	$(PY) -m pytest -m gpu integration_tests $(ARGS)
+
+gpu-bench: $(TEST_ENV)
+	$(PY) integration_tests/benchmarks/ops.py $(ARGS)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c $(SUPPORTED) || { echo "Python 3.11 or newer is needed, $(PYTHON) is older or missing; say make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.stamp: pyproject.toml integration_tests/requirements-demo.txt | $(VENV)/bin/python
+	$(PIP) "$(TORCH)" -r integration_tests/requirements-demo.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml integration_tests/requirements.txt integration_tests/requirements-demo.txt | $(VENV)/bin/python
+	$(PIP) "$(TORCH)" -r integration_tests/requirements.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@ $(VENV)/demo.stamp
+
+clean:
+	rm -rf .venv demo build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,82 @@
+"""Faults of bos, eos and unk: missing, not in the vocabulary, one token in two roles, or cut to pieces in a text."""
+
+from __future__ import annotations
+
+from sloth_backend.findings import Finding
+from sloth_plugins.tokenizer_healing.case import Case, encode, finding, show
+
+RARE = "".join(map(chr, range(0x80, 0xD800, 151))) + "".join(map(chr, range(0xE000, 0x110000, 9973))) + "\x00\x07\x7f"
+"""Characters from all over Unicode: a tokenizer that has bytes to fall back on needs no unk for them."""
+
+
+def heal(case: Case) -> list[Finding]:
+    """Name eos and bos where SentencePiece knows them, keep their tokens whole, and report what is left."""
+    found = [*_missing(case, "eos_token"), *_missing(case, "bos_token"), *_clashes(case)]
+    for role in ("bos_token", "eos_token"):
+        found += _dangling(case, role) or _split(case, role)
+    return found
+
+
+def unk_occurs(case: Case) -> bool:
+    """Whether a text can become unk: it cannot where bytes stand in for unknown characters."""
+    unk = case.id_of(case.named("unk_token"))
+    return unk is not None and unk in encode(case.backend, [RARE])[0]
+
+
+def _missing(case: Case, role: str) -> list[Finding]:
+    if case.named(role) is not None:
+        return []
+    number = -1 if case.truth is None else getattr(case.truth.processor, role.replace("_token", "_id"))()
+    token = case.backend.id_to_token(number) if number >= 0 else None
+    if token is not None:
+        case.set_named(role, token)
+        return [
+            finding(
+                "changed", f"tokenizer.{role}", f"was missing; now {show(token, number)}, as tokenizer.model has it"
+            )
+        ]
+    if role == "bos_token":
+        return []  # many models have none
+    return [
+        finding(
+            "warned",
+            "tokenizer.eos_token",
+            "missing: a model trained without one never learns to stop; set tokenizer.eos_token",
+        )
+    ]
+
+
+def _dangling(case: Case, role: str) -> list[Finding]:
+    token = case.named(role)
+    if token is None or case.id_of(token) is not None:
+        return []
+    actual = case.tokenizer.convert_tokens_to_ids(token)
+    reason = f"{token!r} is not in the vocabulary, so it becomes id {actual}"
+    reason += "; add it and resize the embedding, or name another"
+    return [finding("warned", f"tokenizer.{role}", reason)]
+
+
+def _split(case: Case, role: str) -> list[Finding]:
+    token = case.named(role)
+    number = case.id_of(token)
+    if token is None or number is None:
+        return []
+    before = encode(case.backend, [token])[0]
+    if before == [number]:
+        return []
+    case.mark_special(token)
+    after = encode(case.backend, [token])[0]
+    reason = f"{show(token, number)} in a text was cut into {before}; now it gives {after}"
+    return [finding("changed" if after == [number] else "warned", f"tokenizer.{role}", reason)]
+
+
+def _clashes(case: Case) -> list[Finding]:
+    unk = case.named("unk_token")
+    roles = [role for role in ("eos_token", "bos_token") if unk is not None and case.named(role) == unk]
+    if not roles or not unk_occurs(case):
+        return []  # bos == eos is common and harmless, and so is a shared unk that no text can produce
+    names = " and ".join(roles)
+    reason = (
+        f"{show(unk, case.id_of(unk))} is {names} too: every unknown character reads as one; give {names} another token"
+    )
+    return [finding("warned", "tokenizer.unk_token", reason)]

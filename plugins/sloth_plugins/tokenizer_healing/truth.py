@@ -1,0 +1,124 @@
+"""Fault: the fast tokenizer encodes otherwise than the SentencePiece model it was converted from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from sloth_backend.findings import Finding
+from sloth_plugins.tokenizer_healing.case import Case, encode, finding
+from sloth_plugins.tokenizer_healing.probes import PROBES, without
+from sloth_plugins.tokenizer_healing.rebuild import CannotRebuild, rebuild
+from sloth_plugins.tokenizer_healing.spm_file import Kind, NotSentencePiece, SentencePieceFile, read
+
+SUBJECT = "tokenizer.encode"
+PIECES_PER_PROBE, MOST_PIECES = 64, 32768
+
+
+def load(tokenizer: object) -> SentencePieceFile | None:
+    """The SentencePiece model beside a tokenizer; None where there is none.
+
+    Raises:
+        NotSentencePiece: there is a file, and it is damaged.
+    """
+    path = find(tokenizer)
+    if path is None or _is_tiktoken(path):
+        return None
+    # A user who asked for no prefix wants to differ from the file in this one respect.
+    unprefixed = getattr(tokenizer, "init_kwargs", {}).get("add_prefix_space") is False
+    return read(path, add_dummy_prefix=False if unprefixed else None)
+
+
+def find(tokenizer: object) -> Path | None:
+    """``tokenizer.model`` as transformers resolved it, or in the folder that the tokenizer was loaded from."""
+    known, folder = getattr(tokenizer, "vocab_file", None), getattr(tokenizer, "name_or_path", None)
+    candidates = [Path(known)] if known else []
+    candidates += [Path(folder) / "tokenizer.model"] if folder else []
+    return next((path for path in candidates if path.suffix == ".model" and path.is_file()), None)
+
+
+def _is_tiktoken(path: Path) -> bool:
+    """tiktoken's vocabularies share the file name: lines of a base64 token and its rank."""
+    with path.open("rb") as file:
+        parts = file.readline(200).split()
+    return len(parts) == 2 and parts[1].isdigit()
+
+
+def heal(case: Case) -> list[Finding]:
+    """Compare on probe texts; where they differ, rebuild the backend and keep it if it agrees on all of them."""
+    truth = case.truth
+    if truth is None:
+        return []
+    stranger = _other_vocabulary(case, truth)
+    if stranger:
+        return [finding("warned", SUBJECT, f"{truth.path.name} belongs to another tokenizer: {stranger}; not used")]
+    texts = probes(case, truth)
+    wrong = differences(case.backend, truth, texts)
+    if not wrong:
+        return []
+    story = f"differed from {truth.path.name} on {len(wrong)} of {len(texts)} probe texts, {wrong[0]}"
+    try:
+        rebuilt = rebuild(case, truth)
+    except CannotRebuild as error:
+        return [finding("warned", SUBJECT, f"{story}; not mended: {error}")]
+    left = differences(rebuilt, truth, texts) or _split_specials(case, rebuilt)
+    if left:
+        return [finding("warned", SUBJECT, f"{story}; not mended: a rebuilt one still differs, {left[0]}")]
+    case.set_backend(rebuilt)
+    return [finding("changed", SUBJECT, f"{story}; rebuilt from it, now equal on all of them")]
+
+
+def probes(case: Case, truth: SentencePieceFile) -> list[str]:
+    """The fixed probe texts, and the pieces (of large vocabularies: a sample) on lines of their own, many to a text."""
+    added = {str(token) for token in case.added.values()}
+    unwanted = added | {f"<0x{byte:02X}>" for byte in range(256)}
+    words = [
+        name.replace("\u2581", " ")
+        for name in truth.names[:: 1 + len(truth.names) // MOST_PIECES]
+        if name not in unwanted
+    ]
+    rows = ["\n".join(words[i : i + PIECES_PER_PROBE]) for i in range(0, len(words), PIECES_PER_PROBE)]
+    return without((*PROBES, *rows), [token for token in added if truth.kind(token) != Kind.USER_DEFINED])
+
+
+def differences(backend: Tokenizer, truth: SentencePieceFile, texts: list[str]) -> list[str]:
+    """One sentence for each text that ``backend`` encodes, or decodes again, otherwise than ``truth``."""
+    expected = truth.encode(texts)
+    rows = zip(texts, encode(backend, texts), expected, truth.decode(expected), strict=True)
+    unknown = truth.processor.unk_id()
+    found = []
+    for text, ours, theirs, back in rows:
+        if ours != theirs:
+            found.append(f"{text[:20]!r} gave {_short(ours)} instead of {_short(theirs)}")
+        # How an unknown character reads after decoding is a convention of each library, no fault.
+        elif unknown not in ours and (again := backend.decode(ours, skip_special_tokens=False)) != back:
+            found.append(f"{_short(ours)} was decoded to {again[:20]!r} instead of {back[:20]!r}")
+    return found
+
+
+def _other_vocabulary(case: Case, truth: SentencePieceFile) -> str | None:
+    """The first piece whose id is another token in the tokenizer. Control pieces may have been given new names."""
+    moved = [i for i, name in enumerate(truth.names) if case.vocab.get(name) != i]
+    for i in moved:
+        if truth.pieces[i].kind in (Kind.NORMAL, Kind.BYTE):
+            return f"its piece {i} is {truth.names[i]!r}, the tokenizer's is {case.backend.id_to_token(i)!r}"
+    return None
+
+
+def _split_specials(case: Case, backend: Tokenizer) -> list[str]:
+    """Added tokens that had their one id until now and lose it in ``backend``."""
+    texts = [str(token) for token in case.added.values()]
+    before, after = encode(case.backend, texts), encode(backend, texts)
+    return [
+        f"{text!r} gave {_short(new)} instead of {old}"
+        for text, old, new in zip(texts, before, after, strict=True)
+        if len(old) == 1 and old != new
+    ]
+
+
+def _short(ids: list[int]) -> str:
+    return str(ids if len(ids) <= 8 else [*ids[:8], "..."]).replace("'...'", "...")
+
+
+__all__ = ["NotSentencePiece", "find", "heal", "load", "probes"]

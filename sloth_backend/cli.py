@@ -1,0 +1,77 @@
+"""The ``sloth`` command. Each subcommand reads its options here and does its work in a module of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import sloth_backend
+
+app = typer.Typer(
+    help="Fast, small and correct fine-tuning inside TRL.", no_args_is_help=True, pretty_exceptions_show_locals=False
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sloth-backend {sloth_backend.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fast, small and correct fine-tuning inside TRL."""
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a causal language model; default: a small new one.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="jsonl file (Alpaca, messages or ShareGPT); default: Python's own docstrings."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default: what suits the model.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for loss.png, metrics.json and the trained model.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
+    lora: Annotated[
+        bool | None, typer.Option("--lora/--full", help="Adapters or all weights; default: adapters with --model.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Do the same run on stock TRL too.")] = False,
+) -> None:
+    """Fine-tune through TRL with backend="sloth", show the loss and an answer; needs no download."""
+    from sloth_backend.demo.data import DemoError
+    from sloth_backend.demo.main import demo as run
+    from sloth_backend.demo.outcome import Settings
+
+    try:
+        run(Settings(model=model, data=data, steps=steps, seed=seed, lora=lora), out, compare, Console())
+    except DemoError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False) -> None:
+    """Say what this machine and these versions can do, what is active, and why anything is not."""
+    from sloth_backend.doctor import examine, render
+
+    diagnosis = examine()
+    if as_json:
+        typer.echo(json.dumps(diagnosis.to_dict(), indent=2))
+    else:
+        render(diagnosis, Console())
+    raise typer.Exit(0 if diagnosis.usable else 1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,150 @@
+"""TRL: ``SFTTrainer(..., backend="sloth")``, ``SFTConfig(backend="sloth")`` and ``trl sft --backend sloth``.
+
+``autoload`` calls ``patch_config`` and ``patch_trainer`` with TRL's modules once they are imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from sloth_backend.hosts.switch import add_field, add_keyword
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sloth_backend.config import SlothConfig
+    from sloth_backend.phases import Session
+
+FIGHTS = {
+    "use_liger_kernel": "both replace the forwards of the same modules",
+    "activation_offloading": "both move saved activations to the host, on streams that know nothing of each other",
+}
+"""Options of SFTConfig that cannot be on as well -> why."""
+
+LOSS = "linear_cross_entropy"
+CHUNKED_LOSS, FUSED_HEAD = "_patch_chunked_ce_lm_head", "add_fused_lm_head"
+"""TRL's functions (1.9; 1.16) that replace the forward of a model instance by one that computes the loss."""
+READS_LOGITS = {
+    name: f"with loss_type={name!r} TRL reads the logits at every step, so they take their full memory; leaving "
+    "loss_type at its default avoids that"
+    for name in ("nll", "dft")
+}
+
+
+def patch_config(module: ModuleType) -> None:
+    """Give ``module.SFTConfig`` the field ``backend``."""
+    add_field(module.SFTConfig)
+
+
+def patch_trainer(module: ModuleType) -> None:
+    """Let ``module.SFTTrainer`` take the keyword ``backend``."""
+    add_keyword(module.SFTTrainer, {"model", "args", "processing_class"}, _construct)
+
+
+def _construct(trainer: Any, original: Callable[..., None], call: inspect.BoundArguments, config: SlothConfig) -> None:
+    """TRL's own ``__init__`` with the three phases around it; a failure takes all of ours back."""
+    import torch
+    from transformers import ProcessorMixin
+
+    from sloth_backend import phases
+    from sloth_backend.run import Run
+
+    model, args = call.arguments["model"], call.arguments.get("args")
+    loaded = model if isinstance(model, torch.nn.Module) else None
+    checkpointing = bool(_setting(args, "gradient_checkpointing"))
+    run = Run("trl", config, gradient_checkpointing=checkpointing, problems=tuple(_problems(model, args)))
+    session = phases.begin(run, loaded)
+    try:
+        processor = _processing_class(model, args, call.arguments.get("processing_class"))
+        call.arguments["processing_class"] = processor
+        tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+        phases.before_data(session, tokenizer)
+        if loaded is not None:
+            phases.after_load(session, loaded, tokenizer)
+        original(*call.args, **call.kwargs)
+        if loaded is None:
+            phases.after_load(session, trainer.model, tokenizer)
+        with _loss_seam(session, phases.base_model(trainer.model), trainer.args):
+            phases.before_train(session, trainer.model)
+    except BaseException:
+        session.edits.rollback()
+        raise
+
+
+def _problems(model: Any, args: Any) -> list[str]:
+    """Options of TRL and transformers that cannot be combined with the backend."""
+    found = {f"SFTConfig({name}=True)": why for name, why in FIGHTS.items() if _setting(args, name)}
+    if getattr(model, "use_kernels", False) or (_setting(args, "model_init_kwargs") or {}).get("use_kernels"):
+        found["use_kernels=True of the model"] = (
+            "transformers puts its own kernels over ours whenever the model turns from training to evaluation"
+        )
+    return [
+        f"backend='sloth' cannot be combined with {option}: {why}. Set that option to False, or leave backend out."
+        for option, why in found.items()
+    ]
+
+
+def _setting(args: Any, name: str) -> Any:
+    """An option as the trainer will see it: that of ``args``, else SFTConfig's default."""
+    from trl.trainer.sft_config import SFTConfig
+
+    return getattr(args, name, getattr(SFTConfig, name, None))
+
+
+def _processing_class(model: Any, args: Any, given: Any) -> Any:
+    """The tokenizer or processor, loaded as TRL would where none is given, so that it is mended before TRL uses it."""
+    if given is not None:
+        return given
+    from transformers import AutoProcessor
+    from trl.trainer.utils import get_config_model_id
+
+    name = model if isinstance(model, str) else get_config_model_id(model.config)
+    return AutoProcessor.from_pretrained(name, trust_remote_code=_setting(args, "trust_remote_code"))
+
+
+@contextmanager
+def _loss_seam(session: Session, model: nn.Module, args: Any) -> Iterator[None]:
+    """Settle who computes the loss, while phase C runs inside.
+
+    TRL 1.9 by default replaces the model's forward by one that computes the loss in chunks. It is taken away, so that
+    a plugin can make the model's own forward compute the loss, and put back where none did. A head that TRL calls
+    by an argument of its own (1.16) stays. Where TRL reads the logits itself, a Finding says what that costs.
+    """
+    from sloth_backend.findings import Finding
+
+    forward = vars(model).get("forward")
+    if not session.run.config.allows(LOSS):
+        yield
+    elif _made_by(forward, CHUNKED_LOSS):
+        _take_away(session, model)
+        yield
+        if not session.report().of(action="changed", capability=LOSS):
+            session.edits.set(model, "forward", forward)
+    elif _made_by(forward, FUSED_HEAD):
+        session.findings.append(Finding("skipped", "loss", "TRL's own fused head computes the loss", LOSS, "trl"))
+        yield
+    else:
+        if args.loss_type in READS_LOGITS:
+            session.findings.append(Finding("warned", "loss", READS_LOGITS[args.loss_type], LOSS, "trl"))
+        yield
+
+
+def _made_by(forward: Any, function: str) -> bool:
+    """Whether ``forward`` is a method that TRL's ``function`` defined inside itself."""
+    code = getattr(getattr(forward, "__func__", None), "__code__", None)
+    return code is not None and code.co_qualname.startswith(f"{function}.")
+
+
+def _take_away(session: Session, model: nn.Module) -> None:
+    """Set the forward that TRL's patches wrap: the class's own, or one that the instance had before them."""
+    forward = vars(model)["forward"]
+    while _made_by(forward, CHUNKED_LOSS):
+        forward = inspect.getclosurevars(forward.__func__).nonlocals["original_forward"]
+    if getattr(forward, "__func__", None) is type(model).forward:
+        session.edits.remove(model, "forward")
+    else:
+        session.edits.set(model, "forward", forward)
