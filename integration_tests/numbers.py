@@ -114,8 +114,8 @@ def errors(ours: Evaluation, stock: Evaluation, truth: Evaluation, tolerance: fl
             continue
         for norm in ("max", "fro"):
             size = _distance(torch.zeros_like(true_tensors[name]), true_tensors[name], norm) or 1.0
-            distances = (_distance(t, true_tensors[name], norm) / size for t in (tensor, stock_tensors[name]))
-            found.append(Error(name, norm, *distances, tolerance))
+            mine, theirs = (_distance(t, true_tensors[name], norm) / size for t in (tensor, stock_tensors[name]))
+            found.append(Error(name, norm, mine, theirs, tolerance))
     return found
 
 

@@ -118,8 +118,8 @@ def _describe(value: Any) -> Any:
         return (value.dtype, value.requires_grad, value.tolist())
     if isinstance(value, torch.nn.Module):
         return type(value)
-    if isinstance(value, dict):
-        return {str(key): _describe(item) for key, item in value.items()}
+    if isinstance(value, dict):  # hooks are kept under running numbers, which say nothing
+        return [(key if isinstance(key, str) else None, _describe(item)) for key, item in value.items()]
     if isinstance(value, (list, tuple, set, frozenset)):
         return sorted(map(repr, map(_describe, value)))
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):

@@ -98,8 +98,8 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
     from rich.text import Text
 
     for section, lines in diagnosis.sections.items():
-        table = Table(title=section, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
-        table.add_column(width=24, no_wrap=True)
+        table = Table(title=section, title_justify="left", title_style="bold", show_header=False, box=None)
+        table.add_column(width=27, no_wrap=True)
         table.add_column(width=9)
         table.add_column(overflow="fold")
         for line in lines:
@@ -117,16 +117,18 @@ def _versions() -> Iterator[Line]:
             try:
                 yield _version(name, importlib.metadata.version(name), supported, required)
             except importlib.metadata.PackageNotFoundError:
-                yield Line(name, "problem" if required else "inactive", f"not installed; supported: {_words(supported)}")
+                state: State = "problem" if required else "inactive"
+                yield Line(name, state, f"not installed; supported: {_words(supported)}")
 
 
 def _version(name: str, version: str, supported: Range, required: bool) -> Line:
     first, last = supported
+    words = _words(supported)
     found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if found < first:
-        return Line(name, "problem" if required else "inactive", f"{version} is too old; supported: {_words(supported)}")
+        return Line(name, "problem" if required else "inactive", f"{version} is too old; supported: {words}")
     newer = last is not None and found > last
-    note = f"newer than what is tested ({_words(supported)})" if newer else f"supported: {_words(supported)}"
+    note = f"newer than what is tested ({words})" if newer else f"supported: {words}"
     return Line(name, "ok", f"{version}; {note}")
 
 

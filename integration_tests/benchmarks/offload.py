@@ -15,13 +15,14 @@ import statistics
 import time
 from typing import Any
 
-import sloth_plugins.offloaded_checkpointing as plugin
 import torch
 import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sloth_plugins.offloaded_checkpointing as plugin
 from sloth_backend.config import SlothConfig
 from sloth_backend.findings import Edits
 from sloth_backend.run import Run
-from transformers import LlamaConfig, LlamaForCausalLM
 
 GIB = 2**30
 

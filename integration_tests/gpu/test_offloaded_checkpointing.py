@@ -9,16 +9,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import sloth_plugins.offloaded_checkpointing as plugin
 import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sloth_plugins.offloaded_checkpointing as plugin
 from sloth_backend import SlothConfig
 from sloth_backend.findings import Edits
 from sloth_backend.run import Run
 from sloth_plugins.offloaded_checkpointing.device import CudaDevice, PinError
 from sloth_plugins.offloaded_checkpointing.host_memory import map_pages
 from sloth_plugins.offloaded_checkpointing.seam import FUNCTION
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -153,8 +154,17 @@ def test_host_memory_is_what_is_needed_and_is_reused() -> None:
 def test_undo_unpins_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: set[int] = set()
     pin, unpin = CudaDevice.pin, CudaDevice.unpin
-    monkeypatch.setattr(CudaDevice, "pin", lambda self, memory: (pin(self, memory), pinned.add(memory.data_ptr())))
-    monkeypatch.setattr(CudaDevice, "unpin", lambda self, memory: (unpin(self, memory), pinned.remove(memory.data_ptr())))
+
+    def counted_pin(self: CudaDevice, memory: Tensor) -> None:
+        pin(self, memory)
+        pinned.add(memory.data_ptr())
+
+    def counted_unpin(self: CudaDevice, memory: Tensor) -> None:
+        unpin(self, memory)
+        pinned.remove(memory.data_ptr())
+
+    monkeypatch.setattr(CudaDevice, "pin", counted_pin)
+    monkeypatch.setattr(CudaDevice, "unpin", counted_unpin)
     model = make_llama()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with offloaded(model):

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,9 +16,8 @@ from typing import Any
 
 import pytest
 
+from integration_tests.child import ROOT, lines, run
 from sloth_backend import autoload
-
-ROOT = Path(__file__).parents[2]
 
 FAKE_HOST = {
     "fakehost/__init__.py": """
@@ -166,29 +164,6 @@ def test_a_failing_install_is_kept_and_not_raised(host: Any, monkeypatch: pytest
     assert not autoload.status().installed
 
 
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a child process in which the package is installed, with what pyproject.toml declares."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    folder = tmp_path_factory.mktemp("site")
-    info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    groups = project["entry-points"].items()
-    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()) for group, points in groups]
-    (info / "entry_points.txt").write_text("\n".join(lines))
-    paths = [folder, ROOT, ROOT / "plugins", ROOT / "kernels"]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1"}
-
-
-def run(script: str, environment: dict[str, str], *arguments: object) -> str:
-    """Standard output of a script in a child process that must succeed."""
-    command = [sys.executable, "-W", "ignore", "-c", lines(script), *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 CHECK = """
     import inspect, sys, types
     from trl import SFTConfig, SFTTrainer
@@ -208,11 +183,6 @@ LIGHT = """
 """
 
 
-def lines(*scripts: str) -> str:
-    """Scripts one after the other, each without its indentation."""
-    return "\n".join(map(inspect.cleandoc, scripts))
-
-
 @pytest.mark.parametrize("first", ["from trl import SFTTrainer", "from trl import SFTConfig"])
 def test_trl_has_the_switch_although_it_is_imported_first(first: str, installed: dict[str, str]) -> None:
     """TRL's module then imports torch, so it is half-built when the hook is installed."""
@@ -230,7 +200,7 @@ def test_torch_can_be_imported_where_the_hook_cannot_be_installed(installed: dic
         from sloth_backend import autoload
         print(torch.ones(2).sum().item(), autoload.status().errors)
     """
-    assert run(script, installed) == "2.0 {'install': OSError('no')}\n"
+    assert run(script, installed).stdout == "2.0 {'install': OSError('no')}\n"
 
 
 SURVEY = """
@@ -308,10 +278,11 @@ def test_without_the_switch_nothing_changes(installed: dict[str, str], tmp_path:
     the package by hand.
     """
     scripts = {"1": lines(FIRST_TRANSFORMERS, SURVEY, LIGHT, CHECK), "0": lines(SURVEY, IMPORTED_BY_HAND, CHECK)}
-    with_us, without = (
-        json.loads(run(script, {**installed, "TORCH_DEVICE_BACKEND_AUTOLOAD": flag}, tmp_path).splitlines()[-1])
+    outputs = (
+        run(script, {**installed, "TORCH_DEVICE_BACKEND_AUTOLOAD": flag}, tmp_path).stdout.splitlines()[-1]
         for flag, script in scripts.items()
     )
+    with_us, without = map(json.loads, outputs)
     assert with_us["survey"].keys() == without["survey"].keys()
     differing = {
         (owner, name)
@@ -337,5 +308,5 @@ def test_the_wheel_carries_the_switch(tmp_path: Path) -> None:
         import inspect, sloth_backend
         print("backend" in inspect.signature(SFTTrainer).parameters, sloth_backend.__file__)
     """
-    output = run(script, {**os.environ, "PYTHONPATH": str(target)})
+    output = run(script, {**os.environ, "PYTHONPATH": str(target)}).stdout
     assert output.split() == ["True", str(target / "sloth_backend" / "__init__.py")]

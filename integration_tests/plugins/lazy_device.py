@@ -13,12 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
 from sloth_plugins.offloaded_checkpointing.device import PinError
 from sloth_plugins.offloaded_checkpointing.host_memory import HostMemory
 from sloth_plugins.offloaded_checkpointing.ring import Ring
 from sloth_plugins.offloaded_checkpointing.seam import Rings
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+
+LOCK = threading.RLock()
+"""One for all streams, since they wait for each other."""
 
 
 class LazyStream:
@@ -28,15 +32,14 @@ class LazyStream:
         self.is_host = is_host
         self.queue: deque[Callable[[], None]] = deque()
         self.submitted = 0
-        self.lock = threading.RLock()
 
     def submit(self, work: Callable[[], None]) -> None:
-        with self.lock:
+        with LOCK:
             self.submitted += 1
             self.queue.append(work)
 
     def run(self, until: int) -> None:
-        with self.lock:
+        with LOCK:
             while self.queue and self.submitted - len(self.queue) < until:
                 self.queue.popleft()()
 
@@ -80,7 +83,11 @@ class LazyDevice:
         on_device = source if name == "outward" else target
         if name == "homeward":
             target.fill_(float("nan"))
-        alive, addresses, nbytes = StorageWeakRef(on_device.untyped_storage()), _addresses(target, source), source.nbytes
+        alive, addresses, nbytes = (
+            StorageWeakRef(on_device.untyped_storage()),
+            _addresses(target, source),
+            source.nbytes,
+        )
 
         def work() -> None:
             if alive.expired():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import mmap
 import os
 import threading
@@ -13,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from integration_tests.plugins.lazy_device import LazyDevice
 from sloth_plugins.offloaded_checkpointing.arena import ALIGNMENT, Arena, Block, align
 from sloth_plugins.offloaded_checkpointing.host_memory import RESERVE_BYTES, HostMemory, available_bytes, map_pages
 from sloth_plugins.offloaded_checkpointing.ring import Ring, is_dense
-
-from integration_tests.plugins.lazy_device import LazyDevice
 
 SIZES = st.integers(min_value=1, max_value=5000)
 
@@ -34,11 +35,10 @@ def test_arena_blocks_never_overlap_and_gaps_merge(segments: list[int], steps: l
         elif (block := arena.take(number)) is not None:
             assert block.size == align(number) < number + ALIGNMENT
             assert block.offset % ALIGNMENT == 0
-            assert 0 <= block.offset
-            assert block.offset + block.size <= sizes[block.segment]
+            assert 0 <= block.offset <= sizes[block.segment] - block.size
             taken.append(block)
         spans = sorted((b.segment, b.offset, b.offset + b.size) for b in taken)
-        assert all(a[0] != b[0] or a[2] <= b[1] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(spans))
         assert arena.used == sum(block.size for block in taken)
     for block in taken:
         arena.give(block)
@@ -240,8 +240,23 @@ def test_ring_frees_memory_behind_copies_in_flight() -> None:
     assert ring.memory.bytes_used == 0
 
 
-def test_ring_serves_several_threads() -> None:
+def test_ring_leaves_what_several_layers_share_on_the_device() -> None:
     device, ring = make_ring()
+    shared = torch.randn(8)
+    layers = [ring.save([torch.randn(8), shared], 4 - layer) for layer in range(3)]
+    last = ring.save([torch.randn(8)], 1)
+    assert layers[0][1] is layers[1][1] is layers[2][1]
+    assert device.copies == {"outward": 5, "homeward": 0}
+    assert torch.equal(layers[0][1].restore(), shared)
+    assert layers[0][1].restore().data_ptr() == shared.data_ptr()
+    shared.add_(1)
+    (again,) = ring.save([shared], 1)
+    assert again is not layers[0][1]
+    del last
+
+
+def test_ring_serves_several_threads() -> None:
+    _, ring = make_ring()
     wrong: list[int] = []
 
     def work(number: int) -> None:

@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import logging
+import resource
 import warnings
 from collections import Counter
 from typing import Any
@@ -50,6 +51,8 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+MEMORY = 12 * 2**30
+"""Bytes the process may hold: a model that grows beyond is one more that cannot be made small."""
 LIMIT = 30_000_000
 """Parameters beyond which an architecture counts as one that cannot be made small by these names."""
 
@@ -114,6 +117,7 @@ def main() -> None:
     parser.add_argument("--out")
     parser.add_argument("--only", nargs="*")
     arguments = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     rows = []

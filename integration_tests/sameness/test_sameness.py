@@ -23,6 +23,7 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """The stated small term, relative to the largest true entry of a tensor: a few units in the last place."""
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

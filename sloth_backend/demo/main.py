@@ -66,7 +66,7 @@ def _run_apart(settings: Settings, out: Path) -> Outcome:
         try:
             return process.submit(_run_in_process, settings, out).result()
         except BrokenProcessPool:
-            raise DemoError(f"the process of the run on {settings.name} was killed; did it run out of memory?") from None
+            raise DemoError(f"the run on {settings.name} was killed; did the machine run out of memory?") from None
 
 
 def _write(outcomes: list[Outcome], out: Path) -> list[Path]:

@@ -31,11 +31,11 @@ PLAIN_TEMPLATE = (
 """For a base model, whose tokenizer has no chat template: its own tokens only."""
 
 SHAPE = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }

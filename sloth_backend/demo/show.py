@@ -33,7 +33,7 @@ def comparison(ours: Outcome, stock: Outcome, console: Console) -> None:
         table.add_row(result.settings.name, f"{result.seconds_per_step:.4f}", memory(result.peak_bytes), *losses)
     console.print(table)
     distance = max_difference(ours, stock)
-    console.print(f"Training losses of the two runs differ by at most {distance:.2e} at any of {len(ours.train)} steps.")
+    console.print(f"Their training losses differ by at most {distance:.2e} at any of {len(ours.train)} steps.")
 
 
 def memory(size: int) -> str:

@@ -47,7 +47,7 @@ class Recipe:
     packing: bool = False
 
 
-SCRATCH = Recipe(steps=300, learning_rate=4e-3, batch_size=8, max_length=128, packing=True)
+SCRATCH = Recipe(steps=450, learning_rate=5e-3, batch_size=8, max_length=128, packing=True)
 LORA = Recipe(steps=60, learning_rate=2e-4, batch_size=2, max_length=1024, accumulation=4)
 FULL = Recipe(steps=60, learning_rate=2e-5, batch_size=2, max_length=1024, accumulation=4)
 """The demo's own model from random weights; adapters on a given model; all weights of a given model."""
@@ -106,6 +106,7 @@ def _trainer(
     folder: str,
 ) -> SFTTrainer:
     recipe = SCRATCH if settings.model is None else LORA if settings.trains_adapters else FULL
+    adapters = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if settings.trains_adapters else None
     switch: dict[str, Any] = {"backend": {"print_report": False}} if settings.backend else {}
     try:
         trainer = SFTTrainer(
@@ -115,7 +116,7 @@ def _trainer(
             eval_dataset=Dataset.from_list([{"messages": item} for item in data.held_out]),
             processing_class=tokenizer,
             callbacks=[recorder],
-            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if settings.trains_adapters else None,
+            peft_config=adapters,
             **switch,
         )
     except SlothConfigError as error:

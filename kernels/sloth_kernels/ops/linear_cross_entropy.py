@@ -12,7 +12,7 @@ gradients of the *sum* are taken in the forward, so that no product is recompute
 scalar in the backward. Memory beside the results: the buffer (``LOGITS_BYTES``), and a float32 dW where several chunks
 add up to one.
 
-Left out: splitting V; sharded weights (gather them first); second derivatives (they raise).
+Left out: sharded weights (gather them first); second derivatives (they raise).
 
 Shapes: T tokens, N of them with a label, C rows of a chunk, H hidden, V vocabulary.
 """
@@ -243,6 +243,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden_TH, weight_VH, bias_V)]
         ctx.n_tokens = len(hidden_TH)
         ctx.mark_non_differentiable(*sums[1:])
+        ctx.set_materialize_grads(False)  # three launches of zeros for the statistics
         return tuple(sums)
 
     @staticmethod

@@ -128,7 +128,8 @@ def _fused_loss(fn: Callable[..., Any]) -> Callable[..., torch.Tensor]:
         **kwargs: Any,
     ) -> torch.Tensor:
         if not isinstance(logits, LazyLogits):
-            return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+            plain: Any = ForCausalLMLoss
+            return plain(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
         product, epilogue = logits.product, logits.epilogue
         if shift_labels is None and labels is not None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]

@@ -154,8 +154,8 @@ class _Theirs:
 
 def _own_computation(module: nn.Module, role: Role, randn: Callable[..., torch.Tensor]) -> _Theirs:
     if role.global_functions:
-        function = type(module).forward.__globals__[global_function(module, role)]
-        return _Theirs(module, function)
+        name = str(global_function(module, role))
+        return _Theirs(module, type(module).forward.__globals__[name])
     stand_in = _stand_in(module, role, randn)
     return _Theirs(stand_in, stand_in.forward)
 

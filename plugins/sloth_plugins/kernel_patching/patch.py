@@ -99,4 +99,5 @@ def _rebound(
         forward.__closure__,
     )
     twin.__kwdefaults__ = forward.__kwdefaults__
-    return functools.update_wrapper(twin, forward)
+    functools.update_wrapper(twin, forward)
+    return twin

@@ -12,7 +12,8 @@ SUBJECT = "tokenizer.added_tokens_decoder"
 
 def check(case: Case) -> list[Finding]:
     """Report only: which of two ids the embedding was trained with cannot be told from the tokenizer."""
-    promised = {int(i): str(token) for i, token in case.tokenizer.init_kwargs.get("added_tokens_decoder", {}).items()}
+    listed = case.tokenizer.init_kwargs.get("added_tokens_decoder") or {}
+    promised = {int(number): str(token) for number, token in listed.items()}
     return [*_dangling(case, promised), *_duplicates(promised), *_holes(case)]
 
 

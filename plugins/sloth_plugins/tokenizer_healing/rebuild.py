@@ -93,10 +93,16 @@ def _model(vocab: dict[str, int], truth: SentencePieceFile) -> Any:
             byte_fallback=truth.byte_fallback,
         )
     if truth.algorithm == UNIGRAM:
-        scores = [piece.score for piece in truth.pieces] + [0.0] * (len(by_id) - len(truth.pieces))
-        entries = list(zip(by_id, scores, strict=True))
+        entries = list(zip(by_id, _unigram_scores(truth.pieces, len(by_id)), strict=True))
         return models.Unigram(entries, unk_id=unknown, byte_fallback=truth.byte_fallback)
     raise CannotRebuild(f"its algorithm (number {truth.algorithm}) is neither BPE nor Unigram")
+
+
+def _unigram_scores(pieces: list[Piece], size: int) -> list[float]:
+    """Score by id. What is never found in a text gets one that no path can afford, where the file says 0, the best."""
+    never = min(piece.score for piece in pieces) - 100
+    scores = [piece.score if piece.kind in _IN_TEXTS else never for piece in pieces]
+    return scores + [never] * (size - len(scores))
 
 
 def _added(case: Case, truth: SentencePieceFile) -> list[AddedToken]:
