@@ -31,7 +31,7 @@ help:
 	@echo "make test       linters, types and all tests that need no GPU"
 	@echo "make lint       linters and types only"
 	@echo "make gpu-test   the tests that need a CUDA GPU; VENV= uses the Python at hand"
-	@echo "make gpu-bench  time the ops on a CUDA GPU, into docs/benchmarks; VENV= as above"
+	@echo "make gpu-bench  time ops and offloading on a CUDA GPU, into docs/benchmarks; VENV= as above"
 	@echo "make clean      remove the environment and everything that was built"
 
 demo: $(DEMO_ENV)
@@ -58,6 +58,8 @@ types: $(TEST_ENV)
 	$(PY) -m pyright $(if $(VENV),--pythonpath $(VENV)/bin/python)
 kernels: $(TEST_ENV)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not gpu" integration_tests/ops
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not gpu" integration_tests/sameness \
+	  -k "full and float32 and (llama or gemma2 or phi3 or ernie4_5)"
 suite: $(TEST_ENV)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not gpu" integration_tests
 
@@ -65,7 +67,9 @@ gpu-test: $(TEST_ENV)
 	$(PY) -m pytest -m gpu integration_tests $(ARGS)
 
 gpu-bench: $(TEST_ENV)
-	$(PY) integration_tests/benchmarks/ops.py $(ARGS)
+	$(PY) integration_tests/benchmarks/ops.py --out docs/benchmarks $(ARGS)
+	$(PY) integration_tests/benchmarks/offload.py > docs/benchmarks/offload.tmp
+	mv docs/benchmarks/offload.tmp docs/benchmarks/offload.json
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c $(SUPPORTED) || { echo "Python 3.11 or newer is needed, $(PYTHON) is older or missing; say make PYTHON=..."; exit 1; }

@@ -75,11 +75,15 @@ def in_float64(call: Call) -> Call:
 
 def random_upstream(fn: Callable[..., Any], call: Call) -> list[torch.Tensor]:
     """A random gradient for each differentiable output of ``fn``, in that output's dtype."""
-    generator = torch.Generator().manual_seed(1)
     args, kwargs = call
     with torch.enable_grad():
         outputs = [output for output in as_tuple(fn(*args, **kwargs)) if output.requires_grad]
-    return [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+
+    def randn(index: int, output: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator(output.device).manual_seed(index)
+        return torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
+
+    return [randn(i, output) for i, output in enumerate(outputs, start=1)]
 
 
 def evaluate(fn: Callable[..., Any], call: Call, upstream: Sequence[torch.Tensor]) -> Evaluation:

@@ -9,6 +9,9 @@ from typing import Any
 from sloth_backend import hookimpl
 from sloth_backend.findings import Edits, Finding
 
+PHASES = ["heal", "fix", "patch"]
+"""What a Recorder's calls are when all phases ran."""
+
 
 @dataclass
 class Recorder:

@@ -1,22 +1,14 @@
-"""The ops' tests need kernels that run: under Triton's interpreter (TRITON_INTERPRET=1 before triton is imported) or on
-a GPU. Elsewhere only ``test_interpreter.py`` is collected, which runs the others in a process of their own."""
+"""The ops' tests need kernels that run: under Triton's interpreter (``TRITON_INTERPRET=1`` before triton is imported,
+as ``make test`` sets it) or on a GPU. Elsewhere nothing is collected here."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 
 from sloth_kernels import launch
 
-RUNS_KERNELS = launch.interpreting() or torch.cuda.is_available()
-
-collect_ignore = ["test_interpreter.py"] if launch.interpreting() else []
-if not RUNS_KERNELS:
-    collect_ignore += [
-        path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_interpreter.py"
-    ]
+collect_ignore_glob = [] if launch.interpreting() or torch.cuda.is_available() else ["test_*.py"]
 
 
 class Launches:
@@ -50,5 +42,5 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Outside the interpreter the kernels run on a GPU."""
     for item in items:
-        if item.path.parent.name == "ops" and item.path.name != "test_interpreter.py" and not launch.interpreting():
+        if item.path.parent.name == "ops" and not launch.interpreting():
             item.add_marker(pytest.mark.gpu)

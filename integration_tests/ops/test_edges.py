@@ -170,3 +170,52 @@ def test_second_derivative_raises(function: str) -> None:
     (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y, requires_grad=True), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+LARGE = pytest.mark.skipif(
+    DEVICE.type != "cuda" or torch.cuda.get_device_properties(DEVICE).total_memory < 60 * 2**30,
+    reason="needs a GPU of 60 GiB: offsets beyond 32 bits",
+)
+
+
+def _assert_last_rows_agree(fn: Any, reference: Any, inputs: list[torch.Tensor], dim: int = 0) -> None:
+    """Outputs and gradients of the last token, where offsets exceed 2**31, against those of the last token alone."""
+    last = [t.detach().narrow(dim, t.shape[dim] - 1, 1).clone().requires_grad_() for t in inputs]
+    whole, alone = numbers.as_tuple(fn(*inputs)), numbers.as_tuple(reference(*last))
+    gradients = torch.autograd.grad(whole, inputs, whole), torch.autograd.grad(alone, last, alone)
+    for a, b in zip((*whole, *gradients[0]), (*alone, *gradients[1]), strict=True):
+        torch.testing.assert_close(a.narrow(dim, a.shape[dim] - 1, 1), b, rtol=2e-2, atol=2e-2)
+
+
+def _large(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
+
+
+@LARGE
+def test_rms_norm_beyond_32_bits() -> None:
+    weight = _randn(4096, dtype=torch.bfloat16)
+    _assert_last_rows_agree(
+        lambda x: rms_norm.rms_norm(x, weight, 1e-6),
+        lambda x: rms_norm.reference(x, weight, 1e-6),
+        [_large(2**19 + 3, 4096)],
+    )
+
+
+@LARGE
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_glu_beyond_32_bits(contiguous: bool) -> None:
+    x = _large(2**16 + 3, 2**16)
+    gate, up = (t.detach() for t in x.chunk(2, -1))
+    inputs = [(t.contiguous() if contiguous else t).requires_grad_() for t in (gate, up)]
+    _assert_last_rows_agree(glu.glu, glu.reference, inputs)
+
+
+@LARGE
+def test_rope_beyond_32_bits() -> None:
+    angle = torch.rand(1, 2**19 + 3, 128, dtype=torch.bfloat16, device=DEVICE)
+    q, k = _large(1, 2**19 + 3, 32, 128), _large(1, 2**19 + 3, 1, 128)
+
+    def turn(fn: Any) -> Any:
+        return lambda q, k: fn(q, k, angle[:, -q.shape[1] :].cos(), angle[:, -q.shape[1] :].sin(), unsqueeze_dim=2)
+
+    _assert_last_rows_agree(turn(rope.rope), turn(rope.reference), [q, k], dim=1)

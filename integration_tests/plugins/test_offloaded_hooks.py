@@ -75,8 +75,19 @@ def test_a_copied_or_pickled_model_is_a_stock_model() -> None:
     assert vars(other.model.layers[0])[FUNCTION].keywords == {"use_reentrant": True}
     train(other, [batch()])
     assert ring.device.copies["outward"] == 0
+    ring.edits.rollback()
+    other.gradient_checkpointing_enable()
+    assert not isinstance(vars(model.model.layers[0])[FUNCTION], LayerCheckpoint)
+
+
+def test_a_model_that_is_dropped_takes_its_memory_along() -> None:
+    model = make_llama()
+    model.gradient_checkpointing_enable()
+    ring = Forced(model)
+    train(model, [batch()])
     device = ring.device
-    del model, function, ring
+    assert device.pinned
+    del model, ring
     gc.collect()
     assert not device.pinned
 

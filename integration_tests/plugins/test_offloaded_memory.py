@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import mmap
 import os
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -129,6 +131,20 @@ def test_memory_that_cannot_be_pinned_is_pageable_and_says_so() -> None:
         assert memory.take(1000) is not None
     del memory
     assert not device.pinned
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="madvise(MADV_WIPEONFORK) is Linux's")
+def test_a_forked_child_gets_no_copy_of_the_pages() -> None:
+    pages = map_pages(10_000)
+    assert pages is not None
+    assert (pages.nbytes, pages.data_ptr() % mmap.PAGESIZE) == (-(-10_000 // mmap.PAGESIZE) * mmap.PAGESIZE, 0)
+    pages.fill_(7)
+    address = pages.data_ptr()
+    child = os.fork()
+    if child == 0:
+        os._exit(ctypes.string_at(address, 1)[0])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert pages.unique().tolist() == [7]
 
 
 def test_memory_is_unpinned_by_its_owner_alone(monkeypatch: pytest.MonkeyPatch) -> None:

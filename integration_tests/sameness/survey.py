@@ -1,9 +1,10 @@
 """Every causal LM that transformers knows, tiny and random: which paths does each get, and is its loss the same?
 
-usage: survey.py [--out FILE.json] [--only NAME ...]
+usage: survey.py [--out FOLDER] [--only NAME ...]
 
-Prints one line an architecture and writes JSON. An architecture that cannot be made this small, or that is no plain
-decoder, is listed with the reason. Losses and gradients are compared in float32 with the model's own.
+Prints one line an architecture and writes ``architectures.json`` and ``architectures.md`` into FOLDER. An architecture
+that cannot be made this small, or that is no plain decoder, is listed with the reason. Losses and gradients are
+compared in float32 with the model's own.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import logging
 import resource
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -44,6 +47,15 @@ TINY = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "rotary_dim": 8,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,
     "max_position_embeddings": 64,
@@ -112,9 +124,34 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['name']:28} loss {row['loss_difference']:.1e} grad {row['gradient_difference']:.1e}  {changed}"
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of the architectures that ran, and the list of those that did not."""
+    ran = [row for row in rows if row["made"]]
+    names = ("linear_cross_entropy", "rope", "rms_norm", "glu")
+    counts = ", ".join(f"{name} {sum(name in row.get('changed', {}) for row in ran)}" for name in names)
+    lines = [
+        "# Architectures",
+        "",
+        "Every causal LM that transformers knows, made tiny and random, one step with the backend and one without, in",
+        "float32 on a CPU: `python integration_tests/sameness/survey.py --out docs/benchmarks`. Numbers are modules",
+        "changed; differences are against the model's own loss, and against its largest gradient entry.",
+        "",
+        f"{len(ran)} of {len(rows)} could be made this small; with {counts}. torch {torch.__version__}, "
+        f"transformers {transformers.__version__}.",
+        "",
+        "| architecture | loss | rope | rms_norm | glu | loss difference | gradient difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in ran:
+        cells = " | ".join(str(row["changed"].get(name, "")) for name in names)
+        lines.append(f"| {row['name']} | {cells} | {row['loss_difference']:.1e} | {row['gradient_difference']:.1e} |")
+    rest = [f"`{row['name']}`" for row in rows if not row["made"]]
+    return "\n".join([*lines, "", "Not made this small by the usual names of sizes: " + ", ".join(rest) + ".", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*")
     arguments = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
@@ -125,8 +162,8 @@ def main() -> None:
         rows.append(survey(name))
         print(line(rows[-1]), flush=True)
     if arguments.out:
-        with open(arguments.out, "w") as file:
-            json.dump({"torch": torch.__version__, "rows": rows}, file, indent=1)
+        (arguments.out / "architectures.json").write_text(json.dumps({"torch": torch.__version__, "rows": rows}))
+        (arguments.out / "architectures.md").write_text(markdown(rows))
 
 
 if __name__ == "__main__":

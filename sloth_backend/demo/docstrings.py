@@ -37,14 +37,14 @@ def stdlib_pairs(root: Path | None = None) -> list[list[tuple[str, str]]]:
     """(question, answer) pairs from the sources under ``root`` (default: the running Python's library).
 
     Pairs about one thing stand together in one list. Sources are parsed, never imported. The order is that of the
-    file names and of the definitions in them, the same in every run; an answer given before is left out.
+    file names and of the definitions in them, the same in every run; no question and no answer comes twice.
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     seen: set[str] = set()
     groups = []
     for item in (item for path in sources(root) for item in documented(path, module_name(root, path))):
-        group = [pair for pair in dict.fromkeys(questions(item)) if pair[1] not in seen]
-        seen.update(answer for _, answer in group)
+        group = [pair for pair in questions(item) if seen.isdisjoint(pair)]
+        seen.update(text for pair in group for text in pair)
         if group:
             groups.append(group)
     return groups

@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from sloth_backend.phases import Session
 
 FIGHTS = {
-    "use_liger_kernel": "both replace the forwards of the same modules",
-    "activation_offloading": "both move saved activations to the host, on streams that know nothing of each other",
+    "use_liger_kernel": ("kernels", "both replace the forwards of the same modules"),
+    "use_kernels": ("kernels", "transformers sets its own kernels anew whenever the model turns to or from training"),
+    "torch_compile": ("kernels", "torch.compile cannot trace the forwards that ours run in"),
+    "activation_offloading": ("checkpointing", "both move activations, on streams that know nothing of each other"),
 }
-"""Options of SFTConfig that cannot be on as well -> why."""
+"""Option of SFTConfig or of loading the model -> the option of ours that it cannot be combined with, and why."""
+PEACE = {"kernels": False, "checkpointing": "host"}
+"""Option of ours -> the value with which it fights nothing."""
 
 LOSS = "linear_cross_entropy"
 CHUNKED_LOSS, FUSED_HEAD = "_patch_chunked_ce_lm_head", "add_fused_lm_head"
@@ -56,11 +60,12 @@ def _construct(trainer: Any, original: Callable[..., None], call: inspect.BoundA
     model, args = call.arguments["model"], call.arguments.get("args")
     loaded = model if isinstance(model, torch.nn.Module) else None
     checkpointing = bool(_setting(args, "gradient_checkpointing"))
-    run = Run("trl", config, gradient_checkpointing=checkpointing, problems=tuple(_problems(model, args)))
+    run = Run("trl", config, gradient_checkpointing=checkpointing, problems=tuple(_problems(model, args, config)))
     session = phases.begin(run, loaded)
     try:
-        processor = _processing_class(model, args, call.arguments.get("processing_class"))
-        call.arguments["processing_class"] = processor
+        if call.arguments.get("processing_class") is None:
+            call.arguments["processing_class"] = _load_processor(original, model, args)
+        processor = call.arguments["processing_class"]
         tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
         phases.before_data(session, tokenizer)
         if loaded is not None:
@@ -75,16 +80,16 @@ def _construct(trainer: Any, original: Callable[..., None], call: inspect.BoundA
         raise
 
 
-def _problems(model: Any, args: Any) -> list[str]:
-    """Options of TRL and transformers that cannot be combined with the backend."""
-    found = {f"SFTConfig({name}=True)": why for name, why in FIGHTS.items() if _setting(args, name)}
+def _problems(model: Any, args: Any, config: SlothConfig) -> list[str]:
+    """Options of TRL and transformers that cannot be combined with ``config``."""
+    asked = {name for name in FIGHTS if _setting(args, name)}
     if getattr(model, "use_kernels", False) or (_setting(args, "model_init_kwargs") or {}).get("use_kernels"):
-        found["use_kernels=True of the model"] = (
-            "transformers puts its own kernels over ours whenever the model turns from training to evaluation"
-        )
+        asked.add("use_kernels")
     return [
-        f"backend='sloth' cannot be combined with {option}: {why}. Set that option to False, or leave backend out."
-        for option, why in found.items()
+        f"{name}=True cannot be combined with {ours}={getattr(config, ours)!r} of backend='sloth': {why}. "
+        f"Set {name}=False, or {ours}={PEACE[ours]!r} among the options of the backend."
+        for name, (ours, why) in FIGHTS.items()
+        if name in asked and getattr(config, ours) not in (PEACE[ours], ())
     ]
 
 
@@ -95,15 +100,18 @@ def _setting(args: Any, name: str) -> Any:
     return getattr(args, name, getattr(SFTConfig, name, None))
 
 
-def _processing_class(model: Any, args: Any, given: Any) -> Any:
-    """The tokenizer or processor, loaded as TRL would where none is given, so that it is mended before TRL uses it."""
-    if given is not None:
-        return given
+def _load_processor(original: Callable[..., None], model: Any, args: Any) -> Any:
+    """The tokenizer or processor as TRL would load it, so that it is mended before TRL uses it."""
     from transformers import AutoProcessor
     from trl.trainer.utils import get_config_model_id
 
-    name = model if isinstance(model, str) else get_config_model_id(model.config)
-    return AutoProcessor.from_pretrained(name, trust_remote_code=_setting(args, "trust_remote_code"))
+    name, revision = model, None
+    if not isinstance(model, str):
+        name = get_config_model_id(model.config)
+    elif "model_revision" in inspect.unwrap(original).__code__.co_varnames:  # TRL 1.9 takes the default revision's
+        revision = (_setting(args, "model_init_kwargs") or {}).get("revision")
+    trust = _setting(args, "trust_remote_code")
+    return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ norms; second derivatives (they raise).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -130,6 +131,7 @@ def _sum_partials_kernel(
     tl.store(dw_ptr + cols, tl.sum(total, 0), mask=cols < H)
 
 
+@lru_cache
 def _tile(hidden: int) -> tuple[int, int, int]:
     """Rows and columns of a program's tile and its warps: 16 elements a thread, two 16-byte loads each in bfloat16."""
     block_h = next_power_of_2(hidden)

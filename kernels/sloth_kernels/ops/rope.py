@@ -28,6 +28,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sloth_kernels.launch import next_power_of_2, on_device_of, runs_triton, tl, triton
@@ -73,20 +74,15 @@ TILE, NUM_WARPS = 2048, 4
 
 
 def reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    variant: str = "half",
-    unsqueeze_dim: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, variant: str = "half", unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
     """The models' own computation, equal to the bit up to float32; "upcast" stays in float64 there."""
     rotation = ROTATIONS[variant]
     cos, sin = (_spread(t, rotation).unsqueeze(unsqueeze_dim) for t in (cos, sin))
     return _rotate(q, cos, sin, rotation), _rotate(k, cos, sin, rotation)
 
 
-def _spread(angles: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+def _spread(angles: Tensor, rotation: Rotation) -> Tensor:
     """One entry an element, (..., R)."""
     if rotation.angles == "element":
         return angles
@@ -95,7 +91,7 @@ def _spread(angles: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     return angles.repeat_interleave(2, -1) if rotation.pairs == "interleaved" else torch.cat((angles, angles), -1)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
     width = cos.shape[-1]
     turned, rest = x[..., :width], x[..., width:]
     if rotation.pairs == "deinterleaved":
@@ -108,7 +104,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotation: Rot
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
-def _partner(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+def _partner(x: Tensor, rotation: Rotation) -> Tensor:
     """(-b, a) in the places of (a, b); (b, -a) clockwise."""
     if rotation.pairs == "interleaved":
         return torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
@@ -207,7 +203,7 @@ def _rope_kernel(
     )  # fmt: skip
 
 
-def _tokens_first(x: torch.Tensor, unsqueeze_dim: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
+def _tokens_first(x: Tensor, unsqueeze_dim: int) -> tuple[Tensor, tuple[int, int, int]]:
     """``x`` with contiguous heads, and its strides along batch, token and head."""
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -215,7 +211,7 @@ def _tokens_first(x: torch.Tensor, unsqueeze_dim: int) -> tuple[torch.Tensor, tu
     return x, (batch, second, first) if unsqueeze_dim == 1 else (batch, first, second)
 
 
-def _angle_layout(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+def _angle_layout(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, int, int]:
     """cos and sin with the same strides and contiguous rows, and their strides along batch and token."""
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
@@ -229,81 +225,57 @@ def _angle_entries(rotation: Rotation, half: int) -> dict[str, int]:
     return {"A": 0, "B": 1, "STEP": 2} if rotation.pairs == "interleaved" else {"A": 0, "B": half, "STEP": 1}
 
 
-def _half(cos: torch.Tensor, rotation: Rotation) -> int:
+def _half(cos: Tensor, rotation: Rotation) -> int:
     """R / 2."""
     return cos.shape[-1] if rotation.angles == "pair" else cos.shape[-1] // 2
 
 
 def _launch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_out: torch.Tensor,
-    k_out: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    variant: str,
-    unsqueeze_dim: int,
-    transposed: bool,
-) -> None:
-    """Turn q and k into q_out and k_out; ``transposed`` turns them back by the transposed rotation."""
+    heads: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor,
+    variant: str, unsqueeze_dim: int, transposed: bool = False,
+) -> None:  # fmt: skip
+    """Turn ``heads`` (q, k) into ``out``, by the transposed rotation if so asked."""
     rotation = ROTATIONS[variant]
     half = _half(cos, rotation)
     block = next_power_of_2(half)
-    q, q_strides = _tokens_first(q, unsqueeze_dim)
-    k, k_strides = _tokens_first(k, unsqueeze_dim)
-    _, q_out_strides = _tokens_first(q_out, unsqueeze_dim)
-    _, k_out_strides = _tokens_first(k_out, unsqueeze_dim)
+    (q, q_strides), (k, k_strides) = (_tokens_first(x, unsqueeze_dim) for x in heads)
+    (q_out, q_out_strides), (k_out, k_out_strides) = (_tokens_first(x, unsqueeze_dim) for x in out)
     cos, sin, angle_batch, angle_seq = _angle_layout(cos, sin)
     seq, q_heads, k_heads = cos.shape[1], q.shape[unsqueeze_dim], k.shape[unsqueeze_dim]
-    most_heads = max(1, TILE // block)
+    most_heads, rest = max(1, TILE // block), q.shape[-1] - 2 * half
     with on_device_of(q):
         _rope_kernel[(q.shape[0] * seq,)](
             q, k, q_out, k_out, cos, sin, seq,
             *q_strides, *k_strides, *q_out_strides, *k_out_strides, angle_batch, angle_seq,
-            Q_HEADS=q_heads,
-            K_HEADS=k_heads,
-            Q_BLOCK=min(most_heads, next_power_of_2(q_heads)),
-            K_BLOCK=min(most_heads, next_power_of_2(k_heads)),
-            HALF=half,
-            BLOCK=block,
-            REST=q.shape[-1] - 2 * half,
-            BLOCK_REST=next_power_of_2(q.shape[-1] - 2 * half),
+            Q_HEADS=q_heads, Q_BLOCK=min(most_heads, next_power_of_2(q_heads)),
+            K_HEADS=k_heads, K_BLOCK=min(most_heads, next_power_of_2(k_heads)),
+            HALF=half, BLOCK=block, REST=rest, BLOCK_REST=next_power_of_2(rest),
             **_angle_entries(rotation, half),
             FROM_INTERLEAVED=rotation.pairs == "interleaved" if transposed else rotation.pairs != "half",
             TO_INTERLEAVED=rotation.pairs != "half" if transposed else rotation.pairs == "interleaved",
-            CLOCKWISE=rotation.clockwise,
-            TRANSPOSED=transposed,
-            num_warps=NUM_WARPS,
+            CLOCKWISE=rotation.clockwise, TRANSPOSED=transposed, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
-def _empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Laid out as ``x`` if that keeps heads contiguous."""
     y = torch.empty_like(x, dtype=dtype)
     return y if y.stride(-1) == 1 else torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
-def forward(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, variant: str, unsqueeze_dim: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, variant: str, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
     """Returns q' and k', laid out as q and k."""
     dtype = torch.promote_types(q.dtype, cos.dtype) if ROTATIONS[variant].math == "promote" else q.dtype
     q_out, k_out = _empty_like(q, dtype), _empty_like(k, dtype)
-    _launch(q, k, q_out, k_out, cos, sin, variant, unsqueeze_dim, transposed=False)
+    _launch((q, k), (q_out, k_out), cos, sin, variant, unsqueeze_dim)
     return q_out, k_out
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        variant: str,
-        unsqueeze_dim: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, variant: str, unsqueeze_dim: int
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.variant, ctx.unsqueeze_dim = variant, unsqueeze_dim
         q_out, k_out = forward(q, k, cos, sin, variant, unsqueeze_dim)
@@ -314,20 +286,18 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, dq_out: torch.Tensor, dk_out: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+        ctx: Any, dq_out: Tensor, dk_out: Tensor
+    ) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         dq, dk = (
             torch.empty_strided(grad.shape, stride, dtype=ctx.dtype, device=grad.device)
             for grad, stride in zip((dq_out, dk_out), ctx.strides, strict=True)
         )
-        _launch(dq_out, dk_out, dq, dk, cos, sin, ctx.variant, ctx.unsqueeze_dim, transposed=True)
+        _launch((dq_out, dk_out), (dq, dk), cos, sin, ctx.variant, ctx.unsqueeze_dim, transposed=True)
         return dq, dk, None, None, None, None
 
 
-def _kernel_takes(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotation: Rotation, unsqueeze_dim: int
-) -> bool:
+def _kernel_takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation, unsqueeze_dim: int) -> bool:
     """Whether the shapes are the ones at the top of this file; torch's own errors and broadcasts cover the others."""
     if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or unsqueeze_dim not in (1, 2) or q.numel() == 0:
         return False
@@ -345,13 +315,8 @@ def _kernel_takes(
 
 
 def rope(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    variant: str = "half",
-    unsqueeze_dim: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, variant: str = "half", unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
     """Queries and keys turned by their tokens' angles; the arguments are those of ``apply_rotary_pos_emb``.
 
     Raises ``ValueError`` for an unknown variant, torch's own errors for shapes that do not fit.
@@ -381,7 +346,7 @@ def _case(
     def make(dtype: torch.dtype, device: torch.device) -> Call:
         generator = torch.Generator(device).manual_seed(0)
 
-        def randn(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        def randn(*size: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.randn(size, dtype=dtype, device=device, generator=generator)
 
         if layout == "heads":

@@ -52,14 +52,18 @@ def structure(module: nn.Module, role: Role) -> str | None:
     if role.global_functions:
         return None if global_function(module, role) else _foreign_function(module, role)
     own = {name: p.dim() for name, p in module._parameters.items() if p is not None}
-    children = dict(_bearing_children(module))
-    wanted = role.parameters
-    if own == wanted and not children and {} in role.children:
-        missing = [group for group in role.attributes if not any(name in vars(module) for name in group)]
-        return f"has none of the attributes {', '.join(missing[0])}" if missing else None
-    if any(shapes and set(shapes) == set(children) for shapes in role.children) and own == wanted:
-        return None
-    return _resemblance(role, own, set(children))
+    children = set(dict(_bearing_children(module)))
+    if own != role.parameters or children not in [set(shapes) for shapes in role.children]:
+        return _resemblance(role, own, children)
+    if not own and not children:
+        return ""
+    missing = [group for group in role.attributes if not any(name in vars(module) for name in group)]
+    if missing:
+        return f"has none of the attributes {', '.join(missing[0])}"
+    inputs = list(inspect.signature(type(module).forward).parameters)[1:]
+    if len(inputs) != inputs_of(role.forward):
+        return f"its forward takes ({', '.join(inputs)})"
+    return None
 
 
 def global_function(module: nn.Module, role: Role) -> str | None:

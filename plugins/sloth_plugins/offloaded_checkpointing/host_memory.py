@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import sys
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,12 @@ SEGMENT_BYTES = 2 << 30
 
 RESERVE_BYTES = 1 << 30
 """Host memory that is always left to everyone else."""
+
+# Pinning walks the pages one by one: 2 MiB pages, where the system grants them, make 512 times fewer of them. And the
+# kernel copies pinned private pages for every forked child (a data loader's worker, say) unless they are wiped on fork.
+_MADV_WIPEONFORK = 18
+_ADVICE = (mmap.MADV_HUGEPAGE, _MADV_WIPEONFORK) if sys.platform == "linux" else ()
+_PRIVATE: dict[str, Any] = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 class HostMemory:
@@ -142,15 +150,16 @@ class Segment:
 def map_pages(nbytes: int) -> Tensor | None:
     """``nbytes``, rounded up to whole pages, of fresh zeroed memory as uint8; None where the system refuses.
 
-    The pages go back to the system as soon as the last tensor on them dies.
+    The pages go back to the system as soon as the last tensor on them dies. A forked child sees zeros instead.
     """
+    size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     try:
-        pages = mmap.mmap(-1, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        pages = mmap.mmap(-1, size, **_PRIVATE)
     except (OSError, OverflowError):
         return None
-    # Pinning walks the pages one by one: 2 MiB pages, where the system grants them, make 512 times fewer of them.
-    with contextlib.suppress(AttributeError, OSError):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    for advice in _ADVICE:
+        with contextlib.suppress(OSError):
+            pages.madvise(advice)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 

@@ -71,10 +71,12 @@ class Rings:
 
     def save(self, inputs: tuple[object, ...], layers_to_come: int) -> dict[int, Handle]:
         """``id`` of each input that a ring takes -> its handle; see ``Ring.save``."""
-        tensors = {id(value): value for value in inputs if isinstance(value, Tensor) and self._takes(value)}
+        tensors: dict[torch.device, dict[int, Tensor]] = {}
+        for value in inputs:
+            if isinstance(value, Tensor) and self._takes(value):
+                tensors.setdefault(value.device, {})[id(value)] = value
         handles: dict[int, Handle] = {}
-        for device in dict.fromkeys(tensor.device for tensor in tensors.values()):
-            here = {key: tensor for key, tensor in tensors.items() if tensor.device == device}
+        for device, here in tensors.items():
             ring = self.on(device)
             if ring is not None:
                 handles |= zip(here, ring.save(list(here.values()), layers_to_come), strict=True)

@@ -14,7 +14,7 @@ def check(case: Case) -> list[Finding]:
     """Report only: which of two ids the embedding was trained with cannot be told from the tokenizer."""
     listed = case.tokenizer.init_kwargs.get("added_tokens_decoder") or {}
     promised = {int(number): str(token) for number, token in listed.items()}
-    return [*_dangling(case, promised), *_duplicates(promised), *_holes(case)]
+    return [*_dangling(case, promised), *_duplicates(promised), *_shared(case), *_holes(case)]
 
 
 def _dangling(case: Case, promised: dict[int, str]) -> list[Finding]:
@@ -39,6 +39,17 @@ def _duplicates(promised: dict[int, str]) -> list[Finding]:
         finding("warned", SUBJECT, f"{token!r} is listed with the ids {numbers}: only one of them can be encoded")
         for token, numbers in ids.items()
         if len(numbers) > 1
+    ]
+
+
+def _shared(case: Case) -> list[Finding]:
+    tokens = defaultdict(list)
+    for token, number in case.vocab.items():
+        tokens[number].append(token)
+    return [
+        finding("warned", "tokenizer.vocab", f"{sorted(names)} share the id {number}; decoding shows only one of them")
+        for number, names in tokens.items()
+        if len(names) > 1
     ]
 
 

@@ -27,6 +27,8 @@ def heal(case: Case) -> list[Finding]:
 def _post_processor(case: Case) -> list[Finding]:
     bos, eos = case.id_of(case.named("bos_token")), case.id_of(case.named("eos_token"))
     before = encode(case.backend, [TEXT], specials=True)[0]
+    if not encode(case.backend, [TEXT])[0]:
+        return []
     fronts, ends = _count(before, bos), _count(before[::-1], eos)
     if max(fronts, ends) < 2:
         return []
@@ -45,10 +47,9 @@ def _post_processor(case: Case) -> list[Finding]:
 def _once(case: Case, front: bool, end: bool) -> Any:
     """A post-processor that adds BOS, EOS or both once, and keeps how byte-level tokenizers report offsets."""
     bos, eos = case.named("bos_token"), case.named("eos_token")
-    single = f"{f'{bos}:0 ' if front else ''}$A:0{f' {eos}:0' if end else ''}"
-    pair = f"{single} {f'{bos}:1 ' if front else ''}$B:1{f' {eos}:1' if end else ''}"
+    single, second = ([*[f"{bos}:{i}"] * front, f"${name}:{i}", *[f"{eos}:{i}"] * end] for i, name in enumerate("AB"))
     tokens = [(token, case.vocab[token]) for token, used in ((bos, front), (eos, end)) if used and token]
-    once = processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(dict(tokens).items()))
+    once = processors.TemplateProcessing(single=single, pair=single + second, special_tokens=list(dict(tokens).items()))
     old = json.loads(case.backend.post_processor.__getstate__())
     offsets = [part for part in old.get("processors", [old]) if part["type"] == "ByteLevel"]
     if not offsets:
@@ -61,22 +62,18 @@ def _policy(case: Case) -> list[Finding]:
     bos = case.named("bos_token")
     if case.id_of(bos) is None or _count(encode(case.backend, [TEXT], specials=True)[0], case.id_of(bos)):
         return []
-    subject, wanted = "tokenizer.add_bos_token", case.tokenizer.init_kwargs.get("add_bos_token")
-    if wanted:
+    subject = "tokenizer.add_bos_token"
+    if case.tokenizer.add_bos_token:
         backend, old = case.backend, case.backend.post_processor
         case.edits.on_undo(lambda: setattr(backend, "post_processor", old))
-        case.edits.set(case.tokenizer, "_add_bos_token", True)
         case.tokenizer.update_post_processor()
         return [finding("changed", subject, f"is set, but {TEXT!r} started without {bos!r}; now it starts with it")]
     bare = case.truth is not None and not case.truth.path.with_name("tokenizer.json").exists()
-    if wanted is None and bare:
-        reason = "neither tokenizer_config.json nor tokenizer.json says whether texts start with bos, and they do not"
-        return [
-            finding(
-                "warned", subject, f"{reason}; if the model was trained with it, set tokenizer.add_bos_token = True"
-            )
-        ]
-    return []
+    if not bare or "add_bos_token" in case.tokenizer.init_kwargs:
+        return []
+    reason = "neither tokenizer_config.json nor tokenizer.json says whether texts start with bos, and they do not"
+    advice = "if the model was trained with it, set tokenizer.add_bos_token = True"
+    return [finding("warned", subject, f"{reason}; {advice}")]
 
 
 def _template(case: Case) -> list[Finding]:
@@ -91,14 +88,10 @@ def _template(case: Case) -> list[Finding]:
         return [finding("skipped", "tokenizer.chat_template", reason)]
     rendered, again = (_count(encode(case.backend, [text], specials)[0], number) for specials in (False, True))
     if rendered > 1:
-        reason = (
-            f"starts every conversation with {rendered} times {show(bos, number)}; remove all but one from the template"
-        )
-        return [finding("warned", "tokenizer.chat_template", reason)]
+        reason = f"starts every conversation with {rendered} times {show(bos, number)}"
+        return [finding("warned", "tokenizer.chat_template", f"{reason}; remove all but one from the template")]
     if again > 1:
-        reason = (
-            f"kept: messages get one {bos!r}, but text rendered beforehand and tokenised as plain text gets {again}"
-        )
+        reason = f"kept: messages get {rendered} {bos!r}, text rendered beforehand and tokenised as plain text {again}"
         return [finding("skipped", "tokenizer.chat_template", f"{reason}; train on messages, or render without it")]
     return []
 

@@ -36,9 +36,7 @@ def heal(case: Case) -> list[Finding]:
         return []
     token = choose(case)
     if token is None:
-        advice = (
-            "no unused token to take: tokenizer.add_special_tokens({'pad_token': '<pad>'}) and resize the embedding"
-        )
+        advice = "no unused token to take: tokenizer.add_special_tokens({'pad_token': '<pad>'}), resize the embedding"
         return [finding("warned", SUBJECT, f"{before}; {advice}")]
     case.set_named("pad_token", token)
     return [finding("changed", SUBJECT, f"{before}; now {show(token, case.vocab[token])}")]
@@ -50,7 +48,7 @@ def fault(case: Case) -> str | None:
     number = case.id_of(token)
     if token is None or number is None:
         return "was " + show(token, number)
-    roles = [role for role in ("eos", "bos") if case.named(f"{role}_token") == token]
+    roles = [role for role in ("eos", "bos") if case.id_of(case.named(f"{role}_token")) == number]
     return f"was {show(token, number)}, which is {' and '.join(roles)} too" if roles else None
 
 
@@ -61,16 +59,16 @@ def choose(case: Case, rows: int | None = None) -> str | None:
         case: the tokenizer.
         rows: how many rows the embedding has, where known: ids from there on will not do.
     """
-    roles = ("bos_token", "eos_token", "sep_token", "cls_token", "mask_token", "unk_token")
-    taken = {case.named(role) for role in roles}
-    templates = case.templates()
+    unk, templates = case.named("unk_token"), case.templates()
+    # By id, not by name: in a damaged vocabulary two tokens may share one.
+    ends = {case.id_of(case.named(role)) for role in ("bos_token", "eos_token")}
+    taken = ends | {case.id_of(case.named(role)) for role in ("sep_token", "cls_token", "mask_token", "unk_token")}
     for token in _candidates(case):
-        free = token not in taken and token not in templates
-        if free and (rows is None or case.vocab[token] < rows):
+        number = case.vocab[token]
+        if number not in taken and token not in templates and (rows is None or number < rows):
             return token
-    unk = case.named("unk_token")
     number = case.id_of(unk)
-    if number is None or unk in (case.named("bos_token"), case.named("eos_token")) or unk_occurs(case):
+    if number is None or number in ends or unk_occurs(case):
         return None
     return unk if rows is None or number < rows else None
 

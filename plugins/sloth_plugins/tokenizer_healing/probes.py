@@ -54,7 +54,7 @@ CONVERSATION = (
 
 def without(texts: tuple[str, ...], forbidden: list[str]) -> list[str]:
     """The texts that contain none of the ``forbidden`` strings, which a tokenizer cuts out before it encodes."""
-    if not forbidden:
+    if not any(forbidden):
         return list(texts)
-    pattern = re.compile("|".join(map(re.escape, forbidden)))
+    pattern = re.compile("|".join(map(re.escape, filter(None, forbidden))))
     return [text for text in texts if not pattern.search(text)]

@@ -26,6 +26,8 @@ from sloth_plugins.tokenizer_healing.case import Case, encode
 from sloth_plugins.tokenizer_healing.spm_file import BPE, UNIGRAM, Kind, Piece, SentencePieceFile
 
 SPACE = "\u2581"
+ALL = 1 << 16
+"""More leading spaces than any text has."""
 _IN_TEXTS = (Kind.NORMAL, Kind.USER_DEFINED, Kind.UNUSED)
 
 
@@ -70,7 +72,7 @@ def prefix_everywhere(case: Case) -> bool:
 
 def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
     """The pairs that SentencePiece's BPE may merge, in an order that gives its result as ranks."""
-    scores = {piece.text: piece.score for piece in pieces if piece.kind in _IN_TEXTS}
+    scores = {piece.text: piece.score for piece in pieces }
     pairs = [
         (score, cut, len(text) - cut, text)
         for text, score in scores.items()
@@ -82,18 +84,21 @@ def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
 
 
 def _model(vocab: dict[str, int], truth: SentencePieceFile) -> Any:
-    by_id = sorted(vocab, key=vocab.__getitem__)
+    tokens = {number: token for token, number in vocab.items()}
     unknown = truth.processor.unk_id()
     if truth.algorithm == BPE:
         return models.BPE(
             vocab=vocab,
             merges=merges(truth.pieces),
-            unk_token=by_id[unknown],
+            unk_token=tokens.get(unknown),
             fuse_unk=True,
             byte_fallback=truth.byte_fallback,
         )
     if truth.algorithm == UNIGRAM:
-        entries = list(zip(by_id, _unigram_scores(truth.pieces, len(by_id)), strict=True))
+        if sorted(tokens) != list(range(len(vocab))):
+            raise CannotRebuild("the vocabulary's ids have holes")
+        scores = _unigram_scores(truth.pieces, len(vocab))
+        entries = [(tokens[number], score) for number, score in enumerate(scores)]
         return models.Unigram(entries, unk_id=unknown, byte_fallback=truth.byte_fallback)
     raise CannotRebuild(f"its algorithm (number {truth.algorithm}) is neither BPE nor Unigram")
 
@@ -121,7 +126,8 @@ def _normalizer(truth: SentencePieceFile) -> Any:
         return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     if not truth.add_dummy_prefix:
         steps.append(normalizers.Replace(Regex(r"\A +"), ""))
-    for pattern, content in ((r"\A +\z", ""), (r" +\z", ""), (" {2,}", " ")):
+    # At the end of a text SentencePiece takes U+2581 for a space too.
+    for pattern, content in ((rf"[ {SPACE}]+\z", ""), (" {2,}", " ")):
         steps.append(normalizers.Replace(Regex(pattern), content))
     return normalizers.Sequence(steps)
 
@@ -142,6 +148,8 @@ def _decoder(truth: SentencePieceFile) -> Any:
     if truth.byte_fallback:
         steps.append(decoders.ByteFallback())
     steps.append(decoders.Fuse())
-    if truth.add_dummy_prefix:
+    if truth.remove_extra_whitespaces:
+        steps.append(decoders.Strip(" ", left=ALL, right=0))
+    elif truth.add_dummy_prefix:
         steps.append(decoders.Strip(" ", left=1, right=0))
     return decoders.Sequence(steps)

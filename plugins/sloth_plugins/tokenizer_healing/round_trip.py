@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -45,11 +44,7 @@ def _decode(case: Case) -> list[Finding]:
 
 def _reload(case: Case) -> list[Finding]:
     """Where a mend or a user's own change does not survive, take the class that keeps it, if nothing else is lost."""
-    try:
-        before = lost(case)
-    except Exception as error:  # Python components, classes that AutoTokenizer does not know...
-        reason = f"cannot be saved and loaded again, so not checked: {type(error).__name__}: {error}"
-        return [finding("warned", SUBJECT, reason)]
+    before = lost(case)
     if before is None:
         return []
     if _adds_nothing(type(case.tokenizer)):
@@ -63,10 +58,13 @@ def _reload(case: Case) -> list[Finding]:
 
 
 def lost(case: Case) -> str | None:
-    """The first probe text that is encoded otherwise after save and load, or None."""
-    if _pipeline_survives(case.tokenizer):
-        return None
-    loaded = _saved_and_loaded(case.tokenizer).backend_tokenizer
+    """The first probe text that is encoded otherwise after save and load, or why that cannot be known, or None."""
+    try:
+        if _pipeline_survives(case.tokenizer):
+            return None
+        loaded = _saved_and_loaded(case.tokenizer).backend_tokenizer
+    except Exception as error:  # Python components, classes that AutoTokenizer does not know...
+        return f"all of it, it seems ({type(error).__name__}: {error})"
     for specials in (False, True):
         pairs = zip(encode(case.backend, PROBES, specials), encode(loaded, PROBES, specials), strict=True)
         for text, (ours, theirs) in zip(PROBES, pairs, strict=True):
@@ -76,14 +74,21 @@ def lost(case: Case) -> str | None:
 
 
 def _saved_and_loaded(tokenizer: PreTrainedTokenizerFast) -> Any:
-    known = type(tokenizer).__module__.startswith("transformers.")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        # A checkpoint's config.json has a say in which class AutoTokenizer takes.
-        config = Path(tokenizer.name_or_path or "") / "config.json"
-        if config.is_file():
-            shutil.copy(config, folder)
-        return (AutoTokenizer if known else type(tokenizer)).from_pretrained(folder, local_files_only=True)
+        _copy_config(tokenizer, Path(folder))
+        if type(tokenizer).__module__.startswith("transformers."):
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return type(tokenizer).from_pretrained(folder, local_files_only=True)
+
+
+def _copy_config(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """A checkpoint's config.json has a say in which class AutoTokenizer takes; what names code to run is left out."""
+    config = Path(tokenizer.name_or_path or folder) / "config.json"
+    if config.is_file():
+        content = json.loads(config.read_text(encoding="utf-8"))
+        wanted = ("model_type", "tokenizer_class", "transformers_version")
+        (folder / "config.json").write_text(json.dumps({key: content[key] for key in wanted if key in content}))
 
 
 def _pipeline_survives(tokenizer: PreTrainedTokenizerFast) -> bool:

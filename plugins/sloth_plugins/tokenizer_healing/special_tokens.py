@@ -64,10 +64,14 @@ def _split(case: Case, role: str) -> list[Finding]:
     before = encode(case.backend, [token])[0]
     if before == [number]:
         return []
+    mark = case.edits.mark()
     case.mark_special(token)
     after = encode(case.backend, [token])[0]
-    reason = f"{show(token, number)} in a text was cut into {before}; now it gives {after}"
-    return [finding("changed" if after == [number] else "warned", f"tokenizer.{role}", reason)]
+    story = f"{show(token, number)} in a text was cut into {before}"
+    if after != [number]:
+        case.edits.rollback(mark)
+        return [finding("warned", f"tokenizer.{role}", f"{story}; not mended: marked special it gives {after}")]
+    return [finding("changed", f"tokenizer.{role}", f"{story}; now it gives {after}")]
 
 
 def _clashes(case: Case) -> list[Finding]:

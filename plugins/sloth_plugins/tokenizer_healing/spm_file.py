@@ -113,6 +113,8 @@ def read(path: Path, add_dummy_prefix: bool | None = None) -> SentencePieceFile:
             # A second normalizer_spec is merged into the first: field 3, 2 bytes long, whose field 3 is the option.
             message += bytes((0x1A, 2, 0x18, add_dummy_prefix))
         processor = sentencepiece.SentencePieceProcessor(model_proto=message)
+        if processor.get_piece_size() == 0:
+            raise ValueError("it holds no pieces")
         specs = {2: {}, 3: {}}
         for number, value in _fields(message):
             if number in specs:

@@ -75,7 +75,7 @@ def probes(case: Case, truth: SentencePieceFile) -> list[str]:
     unwanted = added | {f"<0x{byte:02X}>" for byte in range(256)}
     words = [
         name.replace("\u2581", " ")
-        for name in truth.names[:: 1 + len(truth.names) // MOST_PIECES]
+        for name in truth.names[:: -(-len(truth.names) // MOST_PIECES)]
         if name not in unwanted
     ]
     rows = ["\n".join(words[i : i + PIECES_PER_PROBE]) for i in range(0, len(words), PIECES_PER_PROBE)]
