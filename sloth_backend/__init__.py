@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from sloth_backend import autoload
+
 if TYPE_CHECKING:
     from sloth_backend.api import optimize, report, undo
     from sloth_backend.config import SlothConfig, SlothConfigError
@@ -63,3 +65,6 @@ def __getattr__(name: str) -> object:
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+autoload.install()

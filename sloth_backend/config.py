@@ -102,6 +102,6 @@ def _explain(item: Any) -> str:
     name = str(item["loc"][0]) if item["loc"] else "config"
     if item["type"] == "unexpected_keyword_argument":
         close = difflib.get_close_matches(name, OPTION_NAMES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         return f"unknown option {name!r}{hint} The options are: {', '.join(OPTION_NAMES)}"
     return f"option {name!r} got {item['input']!r}: {item['msg']}"

@@ -251,9 +251,12 @@ def _trial() -> Iterator[Line]:
     from sloth_backend import optimize, report
 
     device, dtype = _where()
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
     try:
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).to(device=device, dtype=dtype).train()
+        model: Any = LlamaForCausalLM(config)
+        model.to(device=device, dtype=dtype).train()
         model.gradient_checkpointing_enable()
         findings = report(optimize(model, config={"print_report": False})).findings
     except Exception as error:

@@ -147,8 +147,9 @@ def anchors(path: Path) -> set[str]:
 
 
 def test_readme_tree_shows_the_repository() -> None:
-    """The tree's paths exist, and every folder and every page of documentation in the repository is in it."""
-    tree = next(block for block in re.findall(r"```\n(.*?)```", read("README.md"), re.DOTALL) if "├──" in block)
+    """The tree's paths exist, each with a comment, and everything at the top of the repository is in it."""
+    blocks = re.findall(r"^```.*?\n(.*?)^```$", read("README.md"), re.MULTILINE | re.DOTALL)
+    tree = next(block for block in blocks if "├──" in block)
     stack: list[str] = []
     paths = set()
     for line in tree.splitlines():

@@ -30,7 +30,7 @@ def demo(settings: Settings, out: Path, compare: bool, console: Console) -> None
     outcomes = [_run_apart(one, out) for one in both] if compare else [_run(settings, out, console)]
     show.outcome(outcomes[0], console)
     if compare:
-        show.comparison(*outcomes, console)
+        show.comparison(outcomes[0], outcomes[1], console)
     for path in _write(outcomes, out):
         console.print(f"[bold]wrote[/]   {path}")
 

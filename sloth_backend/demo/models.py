@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,16 +31,6 @@ PLAIN_TEMPLATE = (
 )
 """For a base model, whose tokenizer has no chat template: its own tokens only."""
 
-SHAPE = {
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-}
-
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with the ChatML template; pad is ``<|endoftext|>``, eos ``<|im_end|>``."""
@@ -63,10 +54,16 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausal
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=cast("int", tokenizer.eos_token_id),
+        pad_token_id=cast("int", tokenizer.pad_token_id),
         bos_token_id=None,
-        **SHAPE,
     )
     return LlamaForCausalLM(config)
 

@@ -17,7 +17,7 @@ class Recorder(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self.seconds: list[float] = []
         self._started = 0.0
-        self._losses = {"loss": float("nan"), "eval_loss": float("nan")}
+        self._losses: dict[str, Any] = {"loss": float("nan"), "eval_loss": float("nan")}
         text = TextColumn("loss {task.fields[loss]:.3f}  held out {task.fields[eval_loss]:.3f}")
         columns = ("training", BarColumn(), MofNCompleteColumn(), text, TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=console)

@@ -66,24 +66,25 @@ def run(settings: Settings, console: Console, save_to: Path | None = None) -> Ou
         recorder = Recorder(console)
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(settings, model, tokenizer, data, recorder, folder)
-            console.print(f"[bold]data[/]    {data.describe()}\n[bold]model[/]   {models.describe(trainer.model)}")
+            trained: Any = trainer.model
+            console.print(f"[bold]data[/]    {data.describe()}\n[bold]model[/]   {models.describe(trained)}")
             if settings.backend:
-                console.print(table(sloth_backend.report(trainer.model)))
+                console.print(table(sloth_backend.report(trained)))
             train, held_out = _train(trainer, recorder)
-        sample = _sample(trainer.model, tokenizer, data)
+        sample = _sample(trained, tokenizer, data)
         if save_to is not None:
-            trainer.model.save_pretrained(save_to)
+            trained.save_pretrained(save_to)
             tokenizer.save_pretrained(save_to)
     return Outcome(
         settings=settings,
         device=_device(),
-        model=models.describe(trainer.model),
+        model=models.describe(trained),
         data=data.describe(),
         train=train,
         held_out=held_out,
         seconds=recorder.seconds,
         peak_bytes=_peak_bytes(),
-        report=sloth_backend.report(trainer.model),
+        report=sloth_backend.report(trained),
         sample=sample,
         versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS},
     )
@@ -162,12 +163,13 @@ def _train(trainer: SFTTrainer, recorder: Recorder) -> tuple[Curve, Curve]:
         trainer.train()
     finally:
         recorder.close()
-    history, last = trainer.state.log_history, trainer.state.global_step
-    train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    held_out = [(0, before)] + [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    last, history = trainer.state.global_step, trainer.state.log_history
+    train, held_out = (
+        [(int(entry["step"]), entry[name]) for entry in history if name in entry] for name in ("loss", "eval_loss")
+    )
     if held_out[-1][0] != last:
         held_out.append((last, trainer.evaluate()["eval_loss"]))
-    return train, held_out
+    return train, [(0, before), *held_out]
 
 
 def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, data: Data) -> Sample:

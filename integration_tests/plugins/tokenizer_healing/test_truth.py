@@ -23,7 +23,8 @@ from sloth_backend.findings import Edits
 from sloth_plugins.tokenizer_healing import truth
 from sloth_plugins.tokenizer_healing.case import Case, encode
 from sloth_plugins.tokenizer_healing.probes import PROBES
-from sloth_plugins.tokenizer_healing.spm_file import Kind, NotSentencePiece, read
+from sloth_plugins.tokenizer_healing.rebuild import merges
+from sloth_plugins.tokenizer_healing.spm_file import Kind, NotSentencePiece, Piece, read
 
 
 @pytest.mark.parametrize("version", REAL)
@@ -143,6 +144,13 @@ def test_file_options_and_kinds(trained: Callable[..., Path]) -> None:
     assert read(path, add_dummy_prefix=False).processor.encode("x", out_type=str) == ["x"]
     with pytest.raises(NotSentencePiece, match="cannot be read"):
         read(path.with_name("absent.model"))
+
+
+def test_merges_go_by_score_and_make_nothing_that_texts_cannot_hold() -> None:
+    texts = {"a": -9, "b": -9, "ab": -2, "aa": -1, "aaa": -1, "<0x": -3, "0A>": -3}
+    pieces = [Piece(text, score, Kind.NORMAL) for text, score in texts.items()]
+    pieces += [Piece("<0x0A>", 0, Kind.BYTE), Piece("aab", 0, Kind.CONTROL)]
+    assert merges(pieces) == [("aa", "a"), ("a", "aa"), ("a", "a"), ("a", "b")]
 
 
 def test_probes_start_no_threads(healthy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

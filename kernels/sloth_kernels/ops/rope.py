@@ -340,7 +340,8 @@ def _case(
     angles: str = "batch",
 ) -> Case:
     """``layout`` of q and k: "projection" (B, S, H, D) seen as (B, H, S, D), the same "untransposed", contiguous
-    "heads" first, or slices of one "fused" projection. ``angles``: "batch", "shared" by it, or "float32" and shared.
+    "heads" first, or slices of one "fused" projection. ``angles``: "batch", "shared" by it, "float32" and shared, or
+    a "table" as models make it: shared, cos and sin of one angle, both halves equal.
     """
 
     def make(dtype: torch.dtype, device: torch.device) -> Call:
@@ -361,6 +362,9 @@ def _case(
         entries = rotated // 2 if ROTATIONS[variant].angles == "pair" else rotated
         # Not cos and sin of one angle: a rotation that swaps or drops an entry shows.
         cos, sin = (randn(batch if angles == "batch" else 1, seq, entries, dtype=angle_dtype) for _ in range(2))
+        if angles == "table":
+            turn = cos[..., : entries // 2].repeat(1, 1, 2)
+            cos, sin = turn.cos(), turn.sin()
         return (q, k, cos, sin), {"variant": variant, "unsqueeze_dim": 2 if layout == "untransposed" else 1}
 
     shape = f"{batch}x{seq}x{heads[0]}+{heads[1]}x{width}"
@@ -388,7 +392,7 @@ def cases() -> Sequence[Case]:
 def _timing(variant: str, batch: int, seq: int, rotated: int = 128, layout: str = "projection") -> Timing:
     heads, width, tokens = (32, 8), 128, batch * seq
     moved = 2 * 2 * tokens * sum(heads) * width + 2 * 2 * seq * rotated
-    case = _case(variant, batch, seq, heads, width, rotated, layout, "shared")
+    case = _case(variant, batch, seq, heads, width, rotated, layout, "table")
     return Timing(case, bytes_forward=moved, bytes_backward=moved)
 
 

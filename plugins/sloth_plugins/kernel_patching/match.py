@@ -188,10 +188,12 @@ def _tiny_children(module: nn.Module, role: Role, randn: Callable[..., torch.Ten
     shapes: ProbeShapes = next((s for s in role.children if set(s) == set(bearing)), {})
     children: dict[str, nn.Module | None] = dict(module._modules)
     for name, (rows, columns) in shapes.items():
-        linear = nn.Linear(columns, rows, bias=getattr(bearing[name], "bias", None) is not None)
-        for parameter in linear.parameters():
-            parameter.data = randn(*parameter.shape)
-        children[name] = linear.requires_grad_(False)
+        bias = getattr(bearing[name], "bias", None) is not None
+        # On the meta device nothing is drawn from torch's global generator: the run's own randomness stays as it is.
+        linear = nn.Linear(columns, rows, bias=bias, device="meta")
+        for key, parameter in list(linear.named_parameters()):
+            setattr(linear, key, nn.Parameter(randn(*parameter.shape), requires_grad=False))
+        children[name] = linear
     return children
 
 

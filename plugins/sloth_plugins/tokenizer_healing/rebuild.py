@@ -72,7 +72,7 @@ def prefix_everywhere(case: Case) -> bool:
 
 def merges(pieces: list[Piece]) -> list[tuple[str, str]]:
     """The pairs that SentencePiece's BPE may merge, in an order that gives its result as ranks."""
-    scores = {piece.text: piece.score for piece in pieces }
+    scores = {piece.text: piece.score for piece in pieces if piece.kind in _IN_TEXTS}
     pairs = [
         (score, cut, len(text) - cut, text)
         for text, score in scores.items()
