@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import sloth_backend
 
@@ -56,7 +57,7 @@ def demo(
     try:
         run(Settings(model=model, data=data, steps=steps, seed=seed, lora=lora), out, compare, Console())
     except DemoError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 

@@ -31,8 +31,8 @@ def demo(settings: Settings, out: Path, compare: bool, console: Console) -> None
     show.outcome(outcomes[0], console)
     if compare:
         show.comparison(outcomes[0], outcomes[1], console)
-    for path in _write(outcomes, out):
-        console.print(f"[bold]wrote[/]   {path}")
+    written = _write(outcomes, out)
+    show.facts({"wrote": ", ".join(map(str, written))}, console)
 
 
 def _check(settings: Settings, out: Path) -> None:

@@ -10,11 +10,17 @@ from rich.text import Text
 from sloth_backend.demo.outcome import Outcome, max_difference
 
 
+def facts(lines: dict[str, str], console: Console) -> None:
+    """One line for each name and what is to be said about it."""
+    for name, content in lines.items():
+        console.print(Text.assemble((f"{name:<8}", "bold"), content))
+
+
 def outcome(result: Outcome, console: Console) -> None:
     """Losses before and after, speed, memory, and a sample answer."""
     (_, before), (last, after) = result.held_out[0], result.held_out[-1]
-    console.print(f"[bold]loss[/]    held out: {before:.3f} before, [bold green]{after:.3f}[/] after {last} steps")
-    console.print(f"[bold]speed[/]   {_cost(result)} on {result.device}")
+    cost = f"{result.seconds_per_step:.3f} s per step, peak memory {memory(result.peak_bytes)}, {result.device}"
+    facts({"loss": f"held out: {before:.3f} before, {after:.3f} after {last} steps", "cost": cost}, console)
     sample = result.sample
     text = Text()
     for name, content in (("question", sample.question), ("the data says", sample.expected)):
@@ -39,7 +45,3 @@ def comparison(ours: Outcome, stock: Outcome, console: Console) -> None:
 def memory(size: int) -> str:
     """``2.31 GiB``."""
     return f"{size / 2**30:.2f} GiB"
-
-
-def _cost(result: Outcome) -> str:
-    return f"{result.seconds_per_step:.3f} s per step, peak memory {memory(result.peak_bytes)}"

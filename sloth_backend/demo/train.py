@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 import sloth_backend
 from sloth_backend.config import SlothConfigError
 from sloth_backend.demo import data as conversations
-from sloth_backend.demo import models
+from sloth_backend.demo import models, show
 from sloth_backend.demo.data import Data, DemoError
 from sloth_backend.demo.outcome import Curve, Outcome, Sample, Settings
 from sloth_backend.demo.recorder import Recorder
@@ -67,7 +67,7 @@ def run(settings: Settings, console: Console, save_to: Path | None = None) -> Ou
         with tempfile.TemporaryDirectory() as folder:
             trainer = _trainer(settings, model, tokenizer, data, recorder, folder)
             trained: Any = trainer.model
-            console.print(f"[bold]data[/]    {data.describe()}\n[bold]model[/]   {models.describe(trained)}")
+            show.facts({"data": data.describe(), "model": models.describe(trained)}, console)
             if settings.backend:
                 console.print(table(sloth_backend.report(trained)))
             train, held_out = _train(trainer, recorder)
@@ -128,7 +128,7 @@ def _trainer(
 
 def _arguments(settings: Settings, recipe: Recipe, folder: str) -> SFTConfig:
     steps = settings.steps or recipe.steps
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=folder,
         max_steps=steps,
         seed=settings.seed,
@@ -154,6 +154,9 @@ def _arguments(settings: Settings, recipe: Recipe, folder: str) -> SFTConfig:
         report_to="none",
         disable_tqdm=True,
     )
+    # one GPU is enough, and with several visible the Trainer would wrap the model in nn.DataParallel
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _train(trainer: SFTTrainer, recorder: Recorder) -> tuple[Curve, Curve]:
@@ -173,8 +176,8 @@ def _train(trainer: SFTTrainer, recorder: Recorder) -> tuple[Curve, Curve]:
 
 
 def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, data: Data) -> Sample:
-    """The greedy answer to the last question of the held-out conversation that comes first."""
-    conversation = data.held_out[0]
+    """The greedy answer to the last question of the conversation in the middle of those held out."""
+    conversation = data.held_out[len(data.held_out) // 2]
     last = max(n for n, message in enumerate(conversation) if message["role"] == "assistant")
     inputs: Any = tokenizer.apply_chat_template(
         conversation[:last], add_generation_prompt=True, return_tensors="pt", return_dict=True
