@@ -55,7 +55,7 @@ def draw(report: dict[str, Any], target: Path) -> None:
     left.set_title("Memory-bound ops, 16,384 tokens, bf16 (higher is better)", fontsize=10)
     bars(right, first_case_each(rows, "milliseconds"), "{:.1f}")
     right.set_ylabel("milliseconds")
-    right.set_title("Head and loss, 4,096 rows (lower is better)", fontsize=10)
+    right.set_title("Head and loss (lower is better)", fontsize=10)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     figure.legend(handles, NAMES.values(), loc="lower center", ncols=3, frameon=False, fontsize=9)
     versions = ", ".join(f"{key} {about[key]}" for key in ("torch", "triton", "liger-kernel"))
