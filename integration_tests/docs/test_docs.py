@@ -99,6 +99,14 @@ def test_command_section_lists_every_option_and_no_other(name: str) -> None:
     assert set(re.findall(r"`(--[a-z][a-z-]*)`", section)) <= options(name)
 
 
+def test_default_steps_are_those_of_the_recipes() -> None:
+    from sloth_backend.demo.train import FULL, LORA, SCRATCH
+
+    table = rows(sections(read("docs/options.md"), 3)["sloth demo"])
+    assert LORA.steps == FULL.steps
+    assert table["--steps"][0] == f"{SCRATCH.steps}; {LORA.steps} with `--model`"
+
+
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
 def test_names_in_the_text_exist(path: Path) -> None:
     """Dotted names of our packages, hooks, files and options that the text mentions."""

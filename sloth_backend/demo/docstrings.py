@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"})
-MAX_ANSWER = 200
+MAX_ANSWER = 160
 """Longest answer in characters: whole paragraphs are kept as long as they fit."""
 
 QUESTIONS = {
