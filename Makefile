@@ -21,6 +21,8 @@ endif
 HF_HUB_OFFLINE ?= 1
 export HF_HUB_OFFLINE
 export TOKENIZERS_PARALLELISM = false
+# threads that wait give up the core: spinning makes a shared machine many times slower
+export OMP_WAIT_POLICY = passive
 
 STEPS = ruff format imports types kernels suite
 
@@ -70,6 +72,7 @@ gpu-bench: $(TEST_ENV)
 	$(PY) integration_tests/benchmarks/ops.py --out docs/benchmarks $(ARGS)
 	$(PY) integration_tests/benchmarks/offload.py > docs/benchmarks/offload.tmp
 	mv docs/benchmarks/offload.tmp docs/benchmarks/offload.json
+	$(PY) integration_tests/benchmarks/plot.py docs/benchmarks
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c $(SUPPORTED) || { echo "Python 3.11 or newer is needed, $(PYTHON) is older or missing; say make PYTHON=..."; exit 1; }
