@@ -25,7 +25,7 @@ import sloth_backend
 from sloth_backend.config import SlothConfigError
 from sloth_backend.demo import data as conversations
 from sloth_backend.demo import models, show
-from sloth_backend.demo.data import Data, DemoError
+from sloth_backend.demo.data import Conversation, Data, DemoError
 from sloth_backend.demo.outcome import Curve, Outcome, Sample, Settings
 from sloth_backend.demo.recorder import Recorder
 from sloth_backend.table import table
@@ -47,7 +47,7 @@ class Recipe:
     packing: bool = False
 
 
-SCRATCH = Recipe(steps=800, learning_rate=4e-3, batch_size=4, max_length=128, packing=True)
+SCRATCH = Recipe(steps=640, learning_rate=4e-3, batch_size=4, max_length=128, packing=True)
 LORA = Recipe(steps=60, learning_rate=2e-4, batch_size=2, max_length=1024, accumulation=4)
 FULL = Recipe(steps=60, learning_rate=2e-5, batch_size=2, max_length=1024, accumulation=4)
 """The demo's own model from random weights; adapters on a given model; all weights of a given model."""
@@ -176,21 +176,26 @@ def _train(trainer: SFTTrainer, recorder: Recorder) -> tuple[Curve, Curve]:
 
 
 def _sample(model: Any, tokenizer: PreTrainedTokenizerBase, data: Data) -> Sample:
-    """The answer to the last question of the conversation in the middle of those held out.
+    """The answer to the held-out conversation with the shortest prompt.
 
     Decoding is greedy with a repetition penalty of 1.2 (Keskar et al., 2019, section 4.1).
     """
-    conversation = data.held_out[len(data.held_out) // 2]
-    last = max(n for n, message in enumerate(conversation) if message["role"] == "assistant")
+    prompt, expected = min((_last_turn(item) for item in data.held_out), key=lambda turn: len(str(turn)))
     inputs: Any = tokenizer.apply_chat_template(
-        conversation[:last], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     inputs = inputs.to(model.device)
     model.eval()
     with torch.no_grad():
         tokens = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, repetition_penalty=1.2)
     answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return Sample(conversation[last - 1]["content"], conversation[last]["content"], str(answer).strip())
+    return Sample(prompt[-1]["content"], expected, str(answer).strip())
+
+
+def _last_turn(conversation: Conversation) -> tuple[Conversation, str]:
+    """A conversation up to the assistant's last message, and that message."""
+    last = max(n for n, message in enumerate(conversation) if message["role"] == "assistant")
+    return conversation[:last], conversation[last]["content"]
 
 
 @contextmanager
