@@ -47,7 +47,7 @@ class Recipe:
     packing: bool = False
 
 
-SCRATCH = Recipe(steps=640, learning_rate=4e-3, batch_size=4, max_length=128, packing=True)
+SCRATCH = Recipe(steps=480, learning_rate=4e-3, batch_size=4, max_length=128, packing=True)
 LORA = Recipe(steps=60, learning_rate=2e-4, batch_size=2, max_length=1024, accumulation=4)
 FULL = Recipe(steps=60, learning_rate=2e-5, batch_size=2, max_length=1024, accumulation=4)
 """The demo's own model from random weights; adapters on a given model; all weights of a given model."""
