@@ -1,0 +1,359 @@
+"""Softmax attention (Vaswani et al., arXiv:1706.03762, eq. 1) of grouped heads, by the fastest kernel that takes it.
+
+    s = c(scale q kᵀ) + mask        p_ij = exp(s_ij) / (Σ_j exp(s_ij) + exp(sink_h))        out = p v
+    c is the identity, or softcap tanh(· / softcap) (Gemma 2, arXiv:2408.00118)
+
+A sink (gpt-oss) is one more key with score sink_h and value 0. Kernels need not know of it: with the log-sum-exp L they
+return, L' = log(exp L + exp sink) is that of the row with its sink, and out' = exp(L - L') out. Their backward reads
+p' = exp(s - L') and δ = Σ dout out' from out' and L', so it is exact as it is; dsink = -Σ exp(sink - L') δ.
+
+Shapes: q (B, Hq, S, D), k (B, Hk, T, D), v (B, Hk, T, E), Hq a multiple of Hk, out (B, Hq, S, E); sinks (Hq,). Mask:
+None, bool (True: seen) or numbers to add, broadcastable to (B, Hq, S, T). Without one, ``spec`` says what is seen;
+causal and T > S: the first query stands at the first key, as torch has it.
+Layouts: any; tensors whose memory is (B, S, H, D) are not copied, and out, dq, dk and dv are laid out so.
+Dtypes: float16 and bfloat16 on every kernel, float32 and float64 on some; scores and sums are float32 or more.
+A row that a bool mask hides entirely gives zeros, except in cuDNN, which leaves it unmasked; neither gives NaN.
+
+Left out: gradients of the mask (``attention`` takes the reference then); causal windows with a given mask, which says
+everything; second derivatives where a kernel is functional (they raise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sloth_kernels import attention_backends as kernels
+from sloth_kernels.attention_backends import AttentionSpec, Backend, Inputs, band, token_major
+from sloth_kernels.attention_cases import cases, timings
+from sloth_kernels.op import Op
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None, *, spec: AttentionSpec
+) -> Tensor:
+    """What the models' eager attention computes, softmax in float32 (float64 stays); a row without keys gives zeros."""
+    if mask is None and spec.causal:
+        mask = band(q, k, spec)
+    k, v = kernels.repeated(k, q.shape[1]), kernels.repeated(v, q.shape[1])
+    scores = q @ k.mT * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    probabilities = _softmax(scores, sinks).to(v.dtype)
+    return F.dropout(probabilities, spec.dropout) @ v
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if sinks is None:
+        return torch.ops.aten._safe_softmax(scores, -1)
+    column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+
+
+_ALL, _HALF_AND_FLOAT = ("full", "causal", "window", "mask"), (torch.float16, torch.bfloat16, torch.float32)
+_FLOATS = (*_HALF_AND_FLOAT, torch.float64)
+
+BACKENDS: Mapping[str, Backend] = MappingProxyType(
+    {
+        backend.name: backend
+        for backend in (
+            Backend(
+                "cudnn", ("cuda",), ("full", "causal", "mask"), kernels.cudnn_forward, kernels.cudnn_backward,
+                allows=kernels.cudnn_allows, grouped=True, dropout=True, sinks=True, head_multiple=8,
+                max_head=128,
+            ),
+            Backend(
+                "flash", ("cuda",), ("full", "causal", "window"), kernels.flash_forward, kernels.flash_backward,
+                allows=kernels.torch_allows("flash"), grouped=True, dropout=True, sinks=True, head_multiple=8,
+                max_head=256, same_heads=True,
+            ),
+            Backend(
+                "efficient", ("cuda",), ("full", "causal", "mask"), kernels.efficient_forward,
+                kernels.efficient_backward, allows=kernels.torch_allows("efficient"), dropout=True, sinks=True,
+                dtypes=_HALF_AND_FLOAT, head_multiple=8,
+            ),
+            Backend(
+                "cpu", ("cpu",), ("full", "causal", "mask"), kernels.cpu_forward, kernels.cpu_backward, sinks=True,
+                dtypes=_FLOATS, same_heads=True,
+            ),
+            Backend(
+                "flash4", ("cuda",), ("full", "causal", "window"), differentiable=kernels.flash4,
+                allows=kernels.flash4_allows, grouped=True, head_multiple=8, max_head=128, same_heads=True,
+            ),
+            Backend(
+                "flex", ("cuda",), _ALL, differentiable=kernels.flex, grouped=True, softcap=True,
+                dtypes=_HALF_AND_FLOAT, max_head=256,
+            ),
+            Backend(
+                "sdpa", (), ("full", "causal", "mask"), differentiable=kernels.sdpa, dropout=True, dtypes=_FLOATS
+            ),
+            Backend(
+                "eager", (), _ALL, differentiable=lambda x: reference(*x[:5], spec=x.spec), grouped=True, dropout=True,
+                softcap=True, sinks=True, dtypes=_FLOATS,
+            ),
+        )
+    }
+)  # fmt: skip
+"""Every kernel; an empty ``devices`` means any."""
+
+_UNMASKED = ("cudnn", "flash4", "flash", "efficient", "sdpa", "flex", "eager")
+PREFERENCE: Mapping[tuple[str, str], tuple[str, ...]] = MappingProxyType(
+    {
+        ("cuda", "full"): _UNMASKED,
+        ("cuda", "causal"): _UNMASKED,
+        ("cuda", "window"): ("flash4", "flash", "flex", "efficient", "sdpa", "eager"),
+        ("cuda", "mask"): ("efficient", "cudnn", "sdpa", "flex", "eager"),
+    }
+)
+"""(device, form) -> backends, the fastest first (``integration_tests/benchmarks/attention.py`` measures them)."""
+ELSEWHERE = ("cpu", "sdpa", "eager")
+
+
+class Graph(NamedTuple):
+    """The extras of a differentiable backend: what autograd recorded. It holds memory and serves one backward."""
+
+    out: Tensor
+    leaves: list[Tensor]
+
+
+# Choosing -----------------------------------------------------------------------------------------------------------
+
+
+def inputs_of(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, spec: AttentionSpec
+) -> Inputs:
+    """The call with its form: "mask" where one is given, or has to be written out as causal sizes differ."""
+    queries, keys = q.shape[2], k.shape[2]
+    if mask is not None:
+        form = "mask"
+    elif not spec.causal or queries == keys == 1:
+        form = "full"
+    elif queries != keys:
+        mask, form = band(q, k, spec), "mask"
+    else:
+        form = "window" if spec.window is not None and spec.window < keys else "causal"
+    return Inputs(q, k, v, mask, sinks, spec, form)
+
+
+def refusal(backend: Backend, x: Inputs) -> str | None:
+    """What of the call ``backend`` does not take, or None where it takes it."""
+    heads = x.q.shape[3], x.v.shape[3]
+    checks = (
+        (not backend.devices or x.q.device.type in backend.devices, f"device {x.q.device.type}"),
+        (x.form in backend.forms or "mask" in backend.forms, f"form {x.form}"),
+        (x.q.dtype in backend.dtypes, f"dtype {x.q.dtype}"),
+        (backend.softcap or x.spec.softcap is None, "softcap"),
+        (backend.sinks or x.sinks is None, "sinks"),
+        (backend.dropout or not x.spec.dropout, "dropout"),
+        (max(heads) <= backend.max_head and not any(n % backend.head_multiple for n in heads), f"heads of {heads}"),
+        (not backend.same_heads or heads[0] == heads[1], f"heads of {heads}"),
+        (backend.name == "eager" or min(x.q.numel(), x.k.numel(), x.v.numel()) > 0, "an empty tensor"),
+    )
+    for holds, what in checks:
+        if not holds:
+            return what
+    return None if backend.allows(_probe(backend, x)) else "torch, the device or a package"
+
+
+def _probe(backend: Backend, x: Inputs) -> Inputs:
+    """The sizes that ``backend`` would read, in tensors of one row: strides must not decide for a form of call."""
+    q_heads, heads = x.q.shape[1], x.k.shape[1] if backend.grouped else x.q.shape[1]
+    sizes = ((x.q, q_heads), (x.k, heads), (x.v, heads))
+    q, k, v = (t.new_empty(t.shape[3]).expand(t.shape[0], n, *t.shape[2:]) for t, n in sizes)
+    return Inputs(q, k, v, None, None, x.spec, x.form if x.form in backend.forms else "mask")
+
+
+_CHOSEN: dict[tuple[Any, ...], Backend] = {}
+"""What was chosen for a form of call, so that a backward meets its forward's backend. Emptied when it grows long."""
+
+
+def choose(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, sinks: Tensor | None = None
+) -> Backend:
+    """The first backend of ``PREFERENCE`` that takes the call; the same for all calls of its form.
+
+    Values are not looked at. Raises ``ValueError`` for shapes, dtypes or devices that do not fit one another.
+    """
+    form = (
+        q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, spec,
+        None if mask is None else (mask.shape, mask.dtype, mask.device),
+        None if sinks is None else (sinks.shape, sinks.device),
+    )  # fmt: skip
+    chosen = _CHOSEN.get(form)
+    if chosen is None:
+        check_fit(q, k, v, mask, sinks)
+        if len(_CHOSEN) >= 4096:
+            _CHOSEN.clear()
+        chosen = _CHOSEN[form] = _first(inputs_of(q, k, v, mask, sinks, spec))
+    return chosen
+
+
+def _first(x: Inputs) -> Backend:
+    names = PREFERENCE.get((x.q.device.type, x.form), ELSEWHERE)
+    return next((BACKENDS[name] for name in names if refusal(BACKENDS[name], x) is None), BACKENDS["eager"])
+
+
+def check_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> None:
+    """Raise ``ValueError`` where shapes, dtypes or devices do not fit one another."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
+        raise ValueError(f"attention: {shapes}; expected q (B, Hq, S, D), k (B, Hk, T, D) and v (B, Hk, T, E)")
+    if q.shape[3] != k.shape[3] or q.shape[1] % max(1, k.shape[1]):
+        raise ValueError(f"attention: {shapes}; expected q and k of one D, and Hq a multiple of Hk")
+    tensors = [t for t in (q, k, v, mask, sinks) if t is not None]
+    if len({t.device for t in tensors}) > 1 or len({t.dtype for t in (q, k, v)}) > 1:
+        said = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
+        raise ValueError(f"attention: got {said}; expected q, k and v of one dtype, and everything on one device")
+    if mask is not None and not _mask_fits(mask, (*q.shape[:3], k.shape[2])):
+        said, scores = f"{mask.dtype} {tuple(mask.shape)}", (*q.shape[:3], k.shape[2])
+        raise ValueError(f"attention: mask {said}; expected bool or floating, broadcastable to {scores}")
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"attention: sinks {tuple(sinks.shape)}; expected one for each of {q.shape[1]} query heads")
+
+
+def _mask_fits(mask: Tensor, scores: tuple[int, ...]) -> bool:
+    sizes = zip(reversed(mask.shape), reversed(scores), strict=False)
+    known = mask.dtype == torch.bool or mask.is_floating_point()
+    return known and mask.ndim <= 4 and all(n in (1, m) for n, m in sizes)
+
+
+def prepared(backend: Backend, x: Inputs) -> Inputs:
+    """The call as ``backend`` reads it: other masks written out, key heads repeated, layouts that it can walk."""
+    q, k, v, mask, form = x.q, x.k, x.v, x.mask, x.form
+    if form not in backend.forms:
+        mask, form = band(q, k, x.spec), "mask"
+    if not backend.grouped:
+        k, v = kernels.repeated(k, q.shape[1]), kernels.repeated(v, q.shape[1])
+    if backend.forward is not None:
+        q, k, v = kernels.walkable(q), kernels.walkable(k), kernels.walkable(v)
+    return Inputs(q, k, v, mask, x.sinks, x.spec, form)
+
+
+# Forward and backward -----------------------------------------------------------------------------------------------
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, spec: AttentionSpec
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """out (B, Hq, S, E) in (B, S, Hq, E) memory, and the extras that ``backward`` needs.
+
+    Extras of a functional backend are tensors or None, the first the log-sum-exp in float32; a differentiable one's are
+    a ``Graph``. Call it where autograd is off.
+    """
+    return run(choose(q, k, v, mask, spec, sinks), inputs_of(q, k, v, mask, sinks, spec))
+
+
+def run(backend: Backend, x: Inputs) -> tuple[Tensor, tuple[Any, ...]]:
+    """``forward`` by a given backend."""
+    if backend.forward is None:
+        return _record(backend, x)
+    out, extras = backend.forward(prepared(backend, x))
+    if x.sinks is not None:
+        out, extras = _add_sinks(out, extras, x.sinks)
+    return token_major(out), extras
+
+
+def _record(backend: Backend, x: Inputs) -> tuple[Tensor, tuple[Any, ...]]:
+    q, k, v = leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+    sinks = None if x.sinks is None else x.sinks.detach().requires_grad_()
+    with torch.enable_grad():
+        out = differentiable(backend, x._replace(q=q, k=k, v=v, sinks=sinks))
+    return out.detach(), (Graph(out, leaves if sinks is None else [*leaves, sinks]),)
+
+
+def differentiable(backend: Backend, x: Inputs) -> Tensor:
+    """out by a backend that autograd follows."""
+    if backend.differentiable is None:
+        raise ValueError(f"attention: autograd cannot follow backend {backend.name}; call run and run_backward")
+    return token_major(backend.differentiable(prepared(backend, x)))
+
+
+def _add_sinks(out: Tensor, extras: tuple[Any, ...], sinks: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """out' and L'; a kernel's L may have more rows than out, or a last dimension of 1."""
+    lse = extras[0].reshape(*out.shape[:2], -1)
+    with_sink = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    share = torch.exp(lse - with_sink)[..., : out.shape[2]]
+    return out.mul_(share.unsqueeze(-1)), (with_sink.view(extras[0].shape), *extras[1:])
+
+
+def _sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    lse = lse.reshape(*out.shape[:2], -1)[..., : out.shape[2]]
+    delta = (dout.to(lse.dtype) * out).sum(-1)
+    return torch.exp(sinks.to(lse.dtype)[:, None] - lse).mul_(delta).sum((0, 2)).neg_().to(sinks.dtype)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    extras: tuple[Any, ...],
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    spec: AttentionSpec,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv, dsinks, each in its input's shape and dtype; ``out`` and ``extras`` as ``forward`` returned them."""
+    inputs = inputs_of(q, k, v, mask, sinks, spec)
+    return run_backward(choose(q, k, v, mask, spec, sinks), dout, inputs, out, extras)
+
+
+def run_backward(
+    backend: Backend, dout: Tensor, x: Inputs, out: Tensor, extras: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``backward`` by a given backend."""
+    if backend.backward is None:
+        (graph,) = extras
+        dq, dk, dv, *rest = torch.autograd.grad(graph.out, graph.leaves, dout)
+        return dq, dk, dv, rest[0] if rest else None
+    dout, heads = kernels.walkable(dout), x.k.shape[1]
+    dq, dk, dv = backend.backward(dout, prepared(backend, x), out, extras)
+    dsinks = None if x.sinks is None else _sink_gradient(dout, out, extras[0], x.sinks)
+    return dq, kernels.grouped_sum(dk, heads), kernels.grouped_sum(dv, heads), dsinks
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, spec: AttentionSpec
+    ) -> Tensor:
+        out, extras = forward(q, k, v, mask, sinks, spec)
+        ctx.save_for_backward(q, k, v, mask, sinks, out, *extras)
+        ctx.spec = spec
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dout: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, sinks, out, *extras = ctx.saved_tensors
+        dq, dk, dv, dsinks = backward(dout, q, k, v, out, tuple(extras), mask, sinks, ctx.spec)
+        return dq, dk, dv, None, dsinks, None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None, *, spec: AttentionSpec
+) -> Tensor:
+    """out (B, Hq, S, E) for q (B, Hq, S, D), k (B, Hk, T, D), v (B, Hk, T, E), and a mask or sinks (Hq,) where given.
+
+    Raises ``ValueError`` for shapes, dtypes or devices that do not fit one another.
+    """
+    backend = choose(q, k, v, mask, spec, sinks)
+    if mask is not None and mask.requires_grad:
+        return token_major(reference(q, k, v, mask, sinks, spec=spec))
+    if backend.differentiable is not None:
+        return differentiable(backend, inputs_of(q, k, v, mask, sinks, spec))
+    return _Attention.apply(q, k, v, mask, sinks, spec)
+
+
+OP = Op("attention", attention, reference, cases, timings, launches=False)
