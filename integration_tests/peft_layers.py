@@ -10,9 +10,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
+from integration_tests import numbers
 from integration_tests.four_bit import from_bitsandbytes
 from sloth_kernels.adapters import Adapter, LoraLinear
 from sloth_kernels.frozen_weight import DenseWeight, Weight4bit
+from sloth_kernels.ops import lora
 
 
 class Siblings(torch.nn.Module):
@@ -38,6 +40,7 @@ def siblings(
     ranks: Sequence[int] = (8,),
     adapter_dtype: torch.dtype | None = None,
     rslora: bool = False,
+    dropout: float = 0.0,
     **options: Any,
 ) -> Siblings:
     """Frozen linears of ``dtype`` with one active adapter for each of ``ranks``, whose B is random instead of zero.
@@ -57,7 +60,10 @@ def siblings(
     names = [f"adapter_{i}" for i in range(len(ranks))]
     for name, rank in zip(names, ranks, strict=True):
         target = r"linears\.\d+"
-        config = LoraConfig(r=rank, lora_alpha=12, target_modules=target, use_rslora=rslora, init_lora_weights=False)
+        config = LoraConfig(
+            r=rank, lora_alpha=12, target_modules=target, use_rslora=rslora, lora_dropout=dropout,
+            init_lora_weights=False,
+        )  # fmt: skip
         inject_adapter_in_model(config, model, adapter_name=name)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
@@ -82,7 +88,59 @@ def _linear_of(layer: Any, convert: Callable[[torch.Tensor], torch.Tensor]) -> L
     else:
         weight = DenseWeight(convert(weight))
     adapters = [
-        Adapter(convert(layer.lora_A[name].weight), convert(layer.lora_B[name].weight), layer.scaling[name])
+        Adapter(
+            convert(layer.lora_A[name].weight),
+            convert(layer.lora_B[name].weight),
+            layer.scaling[name],
+            getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0,
+        )
         for name in layer.active_adapters
     ]
     return LoraLinear(weight, None if base.bias is None else convert(base.bias), adapters)
+
+
+def _parameters(model: Siblings) -> list[torch.Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _in_float64(model: Siblings, leaves: Sequence[torch.Tensor]) -> list[LoraLinear]:
+    """The model's linears with ``leaves`` for its adapters and everything else in float64, 4-bit weights too."""
+    placed = {id(old): new for old, new in zip(_parameters(model), leaves, strict=True)}
+    linears = linears_of(model, lambda t: placed[id(t)] if id(t) in placed else t.double())
+    return [
+        linear._replace(weight=DenseWeight(linear.weight.dense(torch.float32).double()))
+        if isinstance(linear.weight, Weight4bit)
+        else linear
+        for linear in linears
+    ]
+
+
+def compare_with_peft(model: Siblings, x: torch.Tensor, tolerance: float, autocast: torch.dtype | None = None) -> None:
+    """The reference equals PEFT to the bit; ours obeys the numbers rule beside PEFT, in outputs and gradients."""
+
+    def run(fn: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
+        def call(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            torch.manual_seed(3)
+            with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+                return fn(x)
+
+        return call
+
+    call = ((x, *_parameters(model)), {})
+    stock, upstream = run(model), numbers.random_upstream(run(model), call)
+    peft = numbers.evaluate(stock, call, upstream)
+    reference = numbers.evaluate(run(lambda x: lora.reference(x, linears_of(model))), call, upstream)
+    ours = numbers.evaluate(run(lambda x: lora.lora_linears(x, linears_of(model))), call, upstream)
+
+    def in_float64(x: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(3)
+        return lora.reference(x, _in_float64(model, leaves))
+
+    truth = numbers.evaluate(in_float64, numbers.in_float64(call), upstream)
+    numbers.assert_same_form(ours, peft)
+    if x.device.type == "cpu":
+        for (name, a), (_, b) in zip(reference.tensors(), peft.tensors(), strict=True):
+            if name != "gradient of argument 0":  # siblings' terms add up in another order
+                assert torch.equal(a, b), name
+    broken = [str(error) for error in numbers.errors(ours, peft, truth, tolerance) if not error.holds]
+    assert not broken, "\n".join(broken)

@@ -1,4 +1,4 @@
-"""Adapters of frozen linears, and how a call computes them: all of it but the values of its tensors.
+"""Linears and their adapters, and how a call computes them: all of it but the values of its tensors.
 
 Shapes: K inputs, N outputs, R the ranks of all adapters of a bank.
 """
@@ -6,7 +6,8 @@ Shapes: K inputs, N outputs, R the ranks of all adapters of a bank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from functools import lru_cache, reduce
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -21,10 +22,12 @@ class Adapter(NamedTuple):
     A_RK: torch.Tensor
     B_NR: torch.Tensor
     scale: float
+    dropout: float = 0.0
+    """The probability p of its own ``nn.Dropout`` on x; 0 outside training."""
 
 
 class LoraLinear(NamedTuple):
-    """A frozen linear and its active adapters, of which there may be none."""
+    """A linear and its active adapters, of which there may be none."""
 
     weight: Weight
     bias_N: torch.Tensor | None = None
@@ -32,39 +35,82 @@ class LoraLinear(NamedTuple):
 
 
 class Bank(NamedTuple):
-    """Adapters that compute in one dtype; their ranks are columns of one t and one u."""
+    """Adapters that compute in one dtype from one x; their t and u are columns of one matrix each."""
 
     dtype: torch.dtype
-    members: list[int]
-    columns: list[slice]
+    members: tuple[int, ...]
+    ranks: tuple[int, ...]
+    """Of the members: what t and u are split into."""
+    dropout: float = 0.0
+    """Where it is not 0 the bank has one member: each adapter draws a mask of its own."""
+    drop_dtype: torch.dtype | None = None
+    """What x has when stock's dropout sees it; None for its own."""
 
 
 class Plan(NamedTuple):
-    """Siblings are numbered, and so are the adapters of all of them together."""
+    """Siblings are numbered, and so are the adapters of all of them together. It holds no tensor and may be kept."""
 
-    weights: list[Weight]
-    dtypes: list[tuple[torch.dtype, torch.dtype]]
-    """Of each sibling's frozen product, and of its y."""
-    sum_dtypes: list[torch.dtype]
+    shapes: tuple[tuple[int, int], ...]
+    """N and K of each sibling."""
+    dtypes: tuple[tuple[torch.dtype, torch.dtype], ...]
+    """Of each sibling's product with W, and of its y."""
+    sum_dtypes: tuple[torch.dtype, ...]
     """What each sibling's terms are summed in: wide enough for all of them and for y."""
-    owners: list[int]
+    dx_dtype: torch.dtype
+    """Wide enough for every sibling's terms of dx."""
+    owners: tuple[int, ...]
     """Each adapter's sibling."""
-    scales: list[float]
-    banks: list[Bank]
+    own: tuple[tuple[int, ...], ...]
+    """Each sibling's adapters."""
+    scales: tuple[float, ...]
+    banks: tuple[Bank, ...]
+    drops: bool
+    """Whether any bank has dropout."""
 
 
 class Operands(NamedTuple, Generic[T]):
-    """The tensors beside x that a call is differentiable in, or something for each of them."""
+    """What a call is differentiable in beside x, or something for each of them: one for each sibling in ``weights`` and
+    ``biases``, one for each adapter in ``As`` and ``Bs``.
 
+    Of the operands themselves ``weights`` are ``Weight`` objects, of their gradients tensors or None.
+    """
+
+    weights: list[T]
     biases: list[T]
     As: list[T]
     Bs: list[T]
 
     @classmethod
     def of(cls, plan: Plan, flat: Sequence[T]) -> Operands[T]:
-        """``flat`` is every bias, then every A, then every B."""
-        n, m = len(plan.weights), len(plan.scales)
-        return cls(list(flat[:n]), list(flat[n : n + m]), list(flat[n + m :]))
+        """``flat`` is every weight, then every bias, then every A, then every B."""
+        n, m = len(plan.shapes), len(plan.scales)
+        return cls(list(flat[:n]), list(flat[n : 2 * n]), list(flat[2 * n : 2 * n + m]), list(flat[2 * n + m :]))
+
+
+def operands_of(linears: Sequence[LoraLinear]) -> Operands[Any]:
+    """The weights and tensors of ``linears``, as ``lora.forward`` takes them."""
+    adapters = [adapter for linear in linears for adapter in linear.adapters]
+    return Operands(
+        [linear.weight for linear in linears],
+        [linear.bias_N for linear in linears],
+        [adapter.A_RK for adapter in adapters],
+        [adapter.B_NR for adapter in adapters],
+    )
+
+
+def needs_of(operands: Operands[Any]) -> Operands[bool]:
+    """Which of the operands require a gradient."""
+    return Operands(
+        [weight.trained is not None for weight in operands.weights],
+        [bias is not None and bias.requires_grad for bias in operands.biases],
+        [A_RK.requires_grad for A_RK in operands.As],
+        [B_NR.requires_grad for B_NR in operands.Bs],
+    )
+
+
+def flattened(operands: Operands[Any]) -> list[torch.Tensor | None]:
+    """The operands as the tensors that ``Operands.of`` takes; None for a weight that does not train."""
+    return [*(weight.trained for weight in operands.weights), *operands.biases, *operands.As, *operands.Bs]
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
@@ -76,46 +122,80 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 def plan_of(
     linears: Sequence[LoraLinear], x_shape: Sequence[int], x_dtype: torch.dtype, autocast: torch.dtype | None
 ) -> Plan:
-    """How to compute ``linears`` of such an x. Raises ``ValueError`` for shapes that do not fit together."""
-    plan = Plan([], [], [], [], [], [])
-    banks: dict[torch.dtype, Bank] = {}
-    for i, linear in enumerate(linears):
-        _check(x_shape, linear)
-        product_dtype, y_dtype = linear.weight.dtypes(x_dtype, autocast)
-        if linear.adapters and autocast is not None:
+    """How to compute ``linears`` of such an x: the same object for calls that differ in their tensors alone.
+
+    Raises ``ValueError`` for shapes that do not fit together, and what ``Weight.dtypes`` raises.
+    """
+    forms = [
+        (
+            tuple(weight.shape),
+            weight.dtypes(x_dtype, autocast),
+            weight.rounds_each and autocast is not None,
+            None if bias_N is None else bias_N.shape,
+            tuple([(A_RK.shape, B_NR.shape, A_RK.dtype, scale, p) for A_RK, B_NR, scale, p in adapters]),
+        )
+        for weight, bias_N, adapters in linears
+    ]
+    return _plan(tuple(forms), x_shape[-1] if x_shape else None, autocast)
+
+
+@lru_cache(maxsize=4096)
+def _plan(forms: tuple[Any, ...], n_in: int | None, autocast: torch.dtype | None) -> Plan:
+    for shape, _, _, bias_shape, adapters in forms:
+        _check(n_in, shape, bias_shape, adapters)
+    owners = tuple(i for i, form in enumerate(forms) for _ in form[4])
+    adapters = [adapter for form in forms for adapter in form[4]]
+    # Under autocast PEFT's 4-bit layer hands x to the dropout as it is, its dense layer in A's dtype.
+    drop_dtypes = [None if forms[i][2] else adapters[j][2] for j, i in enumerate(owners)]
+    computed_in = [_adapter_dtype(dtype, autocast) for _, _, dtype, _, _ in adapters]
+    own = tuple(tuple(j for j, owner in enumerate(owners) if owner == i) for i in range(len(forms)))
+    dtypes, sum_dtypes = [], []
+    for i, (_, (product_dtype, y_dtype), _, _, _) in enumerate(forms):
+        if own[i] and autocast is not None:
             y_dtype = torch.promote_types(y_dtype, autocast)
-        sum_dtype = torch.promote_types(product_dtype, y_dtype)
-        for A_RK, _, scale in linear.adapters:
-            dtype = A_RK.dtype if autocast is None or A_RK.dtype == torch.float64 else autocast
-            sum_dtype = torch.promote_types(sum_dtype, dtype)
-            bank = banks.setdefault(dtype, Bank(dtype, [], []))
-            start = bank.columns[-1].stop if bank.columns else 0
-            bank.members.append(len(plan.owners))
-            bank.columns.append(slice(start, start + len(A_RK)))
-            plan.owners.append(i)
-            plan.scales.append(scale)
-        plan.weights.append(linear.weight)
-        plan.dtypes.append((product_dtype, y_dtype))
-        plan.sum_dtypes.append(sum_dtype)
-    plan.banks.extend(banks.values())
-    return plan
+        dtypes.append((product_dtype, y_dtype))
+        sum_dtypes.append(reduce(torch.promote_types, [computed_in[j] for j in own[i]] + [y_dtype], product_dtype))
+    return Plan(
+        shapes=tuple(form[0] for form in forms),
+        dtypes=tuple(dtypes),
+        sum_dtypes=tuple(sum_dtypes),
+        dx_dtype=reduce(torch.promote_types, sum_dtypes),
+        owners=owners,
+        own=own,
+        scales=tuple(adapter[3] for adapter in adapters),
+        banks=_banks(adapters, computed_in, drop_dtypes),
+        drops=any(adapter[4] for adapter in adapters),
+    )
 
 
-def _check(x_shape: Sequence[int], linear: LoraLinear) -> None:
-    n_out, n_in = linear.weight.shape
-    if not x_shape or x_shape[-1] != n_in:
-        raise ValueError(f"a weight of shape {(n_out, n_in)} needs x of {n_in} columns, got shape {tuple(x_shape)}")
-    if linear.bias_N is not None and linear.bias_N.shape != (n_out,):
-        raise ValueError(f"a weight of {n_out} rows needs a bias ({n_out},), got {tuple(linear.bias_N.shape)}")
-    for A_RK, B_NR, _ in linear.adapters:
-        if A_RK.dim() != 2 or A_RK.shape[1] != n_in or B_NR.shape != (n_out, len(A_RK)):
+def _adapter_dtype(own: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    return own if autocast is None or own == torch.float64 else autocast
+
+
+def _banks(
+    adapters: Sequence[Any], computed_in: Sequence[torch.dtype], drop_dtypes: Sequence[torch.dtype | None]
+) -> tuple[Bank, ...]:
+    """In the order in which stock draws the masks of those with dropout."""
+    members: dict[Any, list[int]] = {}
+    for j, (_, _, _, _, p) in enumerate(adapters):
+        members.setdefault((computed_in[j], p, j if p else None), []).append(j)
+    banks = []
+    for (dtype, p, _), js in members.items():
+        ranks = tuple(adapters[j][0][0] for j in js)
+        banks.append(Bank(dtype, tuple(js), ranks, p, drop_dtypes[js[0]] if p else None))
+    return tuple(banks)
+
+
+def _check(n_in: int | None, shape: tuple[int, ...], bias_shape: Any, adapters: Sequence[Any]) -> None:
+    if n_in != shape[1]:
+        raise ValueError(f"a weight of shape {shape} needs x of {shape[1]} columns, got {n_in}")
+    if bias_shape is not None and bias_shape != (shape[0],):
+        raise ValueError(f"a weight of {shape[0]} rows needs a bias ({shape[0]},), got {tuple(bias_shape)}")
+    for A_shape, B_shape, _, _, p in adapters:
+        if len(A_shape) != 2 or A_shape[1] != shape[1] or B_shape != (shape[0], A_shape[0]):
             raise ValueError(
-                f"a weight of shape {(n_out, n_in)} needs an adapter of A (r, {n_in}) and B ({n_out}, r), "
-                f"got {tuple(A_RK.shape)} and {tuple(B_NR.shape)}"
+                f"a weight of shape {shape} needs an adapter of A (r, {shape[1]}) and B ({shape[0]}, r), "
+                f"got {tuple(A_shape)} and {tuple(B_shape)}"
             )
-
-
-def flattened(linears: Sequence[LoraLinear]) -> list[torch.Tensor | None]:
-    """The operands of ``linears`` as ``Operands.of`` takes them."""
-    adapters = [adapter for linear in linears for adapter in linear.adapters]
-    return [*(linear.bias_N for linear in linears), *(a.A_RK for a in adapters), *(a.B_NR for a in adapters)]
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"dropout is a probability between 0 and 1, got {p}")

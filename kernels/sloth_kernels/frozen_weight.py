@@ -1,4 +1,4 @@
-"""The weight of a frozen linear, in whatever form it is kept: what the ops over frozen linears take."""
+"""The weight of a linear, in whatever form it is kept: what the ops over linears take."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from sloth_kernels.products import in_dtype
 
 
 class Weight(Protocol):
-    """A frozen (N, K) matrix; implement these four to add a way of keeping one."""
+    """An (N, K) matrix; implement these five to add a way of keeping one."""
 
     rounds_each: ClassVar[bool]
     """Whether PEFT rounds each adapter's term to y's dtype before it adds it; otherwise it rounds the sum."""
+
+    @property
+    def trained(self) -> torch.Tensor | None:
+        """The tensor (N, K) that a gradient is wanted for; None for a frozen weight."""
+        ...
 
     @property
     def shape(self) -> Sequence[int]:
@@ -37,10 +42,15 @@ class Weight(Protocol):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class DenseWeight:
-    """The weight of an ``nn.Linear``, or a transposed view of a ``Conv1D``'s; it must not require a gradient."""
+    """The weight of an ``nn.Linear``, or a transposed view of a ``Conv1D``'s; trained if it requires a gradient."""
 
     rounds_each: ClassVar[bool] = False
     weight: torch.Tensor
+
+    @property
+    def trained(self) -> torch.Tensor | None:
+        """The weight itself, unless it is frozen."""
+        return self.weight if self.weight.requires_grad else None
 
     @property
     def shape(self) -> Sequence[int]:
@@ -49,8 +59,6 @@ class DenseWeight:
 
     def dtypes(self, x: torch.dtype, autocast: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
         """Autocast's dtype, or x's, which the weight must then share."""
-        if self.weight.requires_grad:
-            raise RuntimeError("this op gives a weight no gradient: freeze the weight, or call the module it came from")
         if autocast is not None and x != torch.float64:
             return autocast, autocast
         if self.weight.dtype != x:
@@ -70,6 +78,10 @@ class Weight4bit:
     quantized: nf4.Quantized4bit
     compute_dtype: torch.dtype | None = None
     """The layer's; None for x's."""
+
+    @property
+    def trained(self) -> None:
+        """Quantised weights never train."""
 
     def __post_init__(self) -> None:
         nf4.check(self.quantized)

@@ -38,6 +38,7 @@ INTERPRETER_DTYPES = (torch.float32, torch.float16)
 """Triton's CPU interpreter yields NaN in bfloat16, so that dtype takes the reference there."""
 
 
+@lru_cache
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels (``TRITON_INTERPRET=1`` before the first import of triton)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -50,6 +50,7 @@ class Op:
     same arguments and return a tensor or a tuple of tensors. ``variants`` are the values of the ``variant`` argument
     (empty where the op has none). ``cases`` must cover odd and non-power-of-two sizes and strided inputs.
     ``tolerance`` is the stated small term of the numbers rule per dtype, relative to the largest true value.
+    ``launches`` says whether ``fn`` launches Triton kernels, ``differentiable`` whether its cases have gradients.
     """
 
     name: str
@@ -61,3 +62,5 @@ class Op:
     tolerance: Mapping[torch.dtype, float] = field(
         default_factory=lambda: {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
     )
+    launches: bool = True
+    differentiable: bool = True

@@ -43,6 +43,8 @@ def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, alpha: 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
     """``x`` (..., K) as (T, K) with contiguous rows that do not overlap; a copy only where its layout needs one."""
+    if x.is_contiguous() and x.numel():
+        return x if x.dim() == 2 else x.view(-1, x.shape[-1])
     x_TK = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
     walkable = x_TK.stride(1) == 1 and x_TK.stride(0) >= x_TK.shape[1]
     return x_TK if walkable else x_TK.contiguous()
@@ -53,6 +55,11 @@ def in_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def split(x: torch.Tensor, widths: Sequence[int], dim: int = 1) -> Sequence[torch.Tensor]:
+    """Views of the columns of ``x``, or of its rows, side by side."""
+    return (x,) if len(widths) == 1 else torch.split_with_sizes(x, widths, dim)
+
+
 def stacked(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The rows of all ``parts`` in one matrix; a copy only where there are several, or another dtype."""
     return in_dtype(parts[0] if len(parts) == 1 else torch.cat(list(parts)), dtype)
@@ -60,6 +67,8 @@ def stacked(parts: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
 
 class Casts:
     """One tensor in each dtype it is wanted in, each made once."""
+
+    __slots__ = ("made", "tensor")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor

@@ -6,7 +6,7 @@ import importlib
 
 from sloth_kernels.op import Op
 
-OP_NAMES = ("rms_norm", "rope", "glu", "linear_cross_entropy")
+OP_NAMES = ("rms_norm", "rope", "glu", "lora", "nf4", "attention", "linear_cross_entropy")
 
 
 def load_ops() -> list[Op]:

@@ -238,4 +238,4 @@ def timings() -> Sequence[Timing]:
     return [Timing(_case(shape, 64, 256), bytes_forward=math.prod(shape) * 5 // 2) for shape in shapes]
 
 
-OP = Op("nf4", dequantize_4bit, reference, cases, timings)
+OP = Op("nf4", dequantize_4bit, reference, cases, timings, differentiable=False)
