@@ -36,7 +36,11 @@ class SlothConfig:
         kernels: the ops that may replace a model's own computation: ``True`` for all, ``False`` for none, or names.
         checkpointing: where a checkpointed layer's input waits for its backward: ``"offload"`` in pinned host memory
             (CUDA only), ``"host"`` as the host framework does it. Layers are only checkpointed if the host asks.
+            Layers that follow the memory plan do not checkpoint.
         offload_keep_last: how many of the last layers keep their input on the device, since it is needed at once.
+        memory: what the memory plan aims at: ``"auto"`` the fastest plan under the budget, ``"least"`` the least
+            memory, of several plans the fastest, ``"fastest"`` speed, whether it fits or not.
+        vram_budget_gb: GiB of the device that this process may use, the driver's own included; None for what is free.
         heal_tokenizer: mend the tokenizer's faults before the host tokenises.
         fix_embeddings: set embedding rows that pre-training never touched to the mean of the trained rows.
         untrained_threshold: a row is untrained when none of its entries is larger than this in magnitude.
@@ -46,6 +50,8 @@ class SlothConfig:
     kernels: bool | tuple[str, ...] = True
     checkpointing: Literal["offload", "host"] = "offload"
     offload_keep_last: int = pydantic.Field(default=1, ge=0)
+    memory: Literal["auto", "least", "fastest"] = "auto"
+    vram_budget_gb: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
     heal_tokenizer: bool = True
     fix_embeddings: bool = True
     untrained_threshold: float = pydantic.Field(default=1e-16, ge=0)

@@ -22,6 +22,9 @@ class Run:
         device: where the model's first parameter lives; None while there is no model.
         dtype: the dtype of the model's floating weights (of its norms where the linears are quantised).
         quantization: ``"bnb-4bit"``, ``"bnb-8bit"``, another method's name, or None.
+        tokens_per_pass: the most tokens, rows x length, that one forward and backward sees; None where the host does
+            not say.
+        optimizer_bytes: what the optimizer keeps for each trained parameter, in bytes.
         gradient_checkpointing: whether the host will checkpoint layers; None where only the model will tell.
         problems: combinations the host adapter found that cannot work; reported with those of the plugins.
     """
@@ -32,6 +35,8 @@ class Run:
     dtype: torch.dtype | None = None
     quantization: str | None = None
     gradient_checkpointing: bool | None = None
+    tokens_per_pass: int | None = None
+    optimizer_bytes: float = 8.0
     problems: tuple[str, ...] = field(default=(), repr=False)
 
     def describe(self) -> str:

@@ -150,6 +150,7 @@ def test_the_defaults_of_trl_hold_where_no_config_is_given(
     SFTTrainer(tiny.make_model(tokenizer), train_dataset=data, processing_class=tokenizer, backend="sloth")
     assert recorder.calls == PHASES
     assert recorder.run.gradient_checkpointing is True
+    assert recorder.run.tokens_per_pass == SFTConfig.per_device_train_batch_size * 1024
 
 
 def test_plain_training_arguments_do(recorder: Recorder, tmp_path: Path) -> None:
@@ -157,6 +158,27 @@ def test_plain_training_arguments_do(recorder: Recorder, tmp_path: Path) -> None
     make_trainer(tmp_path, args=args, backend="sloth")
     assert recorder.calls == PHASES
     assert recorder.run.gradient_checkpointing is False
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({"max_length": 48}, 3 * 48),
+        ({"max_length": 48, "packing": True}, 3 * 48),
+        ({"max_length": 50, "pad_to_multiple_of": 16}, 3 * 64),
+        ({"max_length": None}, None),
+        ({"max_length": 48, "gradient_accumulation_steps": 4}, 3 * 48),
+    ],
+)
+def test_the_most_tokens_of_a_pass_are_known(
+    options: dict[str, Any], tokens: int | None, recorder: Recorder, tmp_path: Path
+) -> None:
+    trainer = make_trainer(
+        tmp_path, args=make_args(tmp_path, backend="sloth", per_device_train_batch_size=3, **options)
+    )
+    assert recorder.run.tokens_per_pass == tokens
+    largest = max(batch["input_ids"].numel() for batch in trainer.get_train_dataloader())
+    assert tokens is None or 0 < largest <= tokens
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,13 @@ def _construct(trainer: Any, original: Callable[..., None], call: inspect.BoundA
     model, args = call.arguments["model"], call.arguments.get("args")
     loaded = model if isinstance(model, torch.nn.Module) else None
     checkpointing = bool(_setting(args, "gradient_checkpointing"))
-    run = Run("trl", config, gradient_checkpointing=checkpointing, problems=tuple(_problems(model, args, config)))
+    run = Run(
+        "trl",
+        config,
+        gradient_checkpointing=checkpointing,
+        tokens_per_pass=_tokens_per_pass(args),
+        problems=tuple(_problems(model, args, config)),
+    )
     session = phases.begin(run, loaded)
     try:
         if call.arguments.get("processing_class") is None:
@@ -73,6 +80,7 @@ def _construct(trainer: Any, original: Callable[..., None], call: inspect.BoundA
         original(*call.args, **call.kwargs)
         if loaded is None:
             phases.after_load(session, trainer.model, tokenizer)
+        session.run = replace(session.run, optimizer_bytes=_optimizer_bytes(trainer))
         with _loss_seam(session, phases.base_model(trainer.model), trainer.args):
             phases.before_train(session, trainer.model)
     except BaseException:
@@ -98,6 +106,22 @@ def _setting(args: Any, name: str) -> Any:
     from trl.trainer.sft_config import SFTConfig
 
     return getattr(args, name, getattr(SFTConfig, name, None))
+
+
+def _tokens_per_pass(args: Any) -> int | None:
+    """Rows of a micro-batch x the length to which TRL truncates or packs; None where it does neither."""
+    length, multiple = _setting(args, "max_length"), _setting(args, "pad_to_multiple_of") or 1
+    if length is None or (_setting(args, "dataset_kwargs") or {}).get("skip_prepare_dataset"):
+        return None
+    return _setting(args, "per_device_train_batch_size") * -(-length // multiple) * multiple
+
+
+def _optimizer_bytes(trainer: Any) -> float:
+    """Bytes of optimizer state for each trained parameter; an optimizer of the user's making counts as AdamW."""
+    from sloth_backend.optimizers import state_bytes
+
+    name = str(getattr(trainer.args.optim, "value", trainer.args.optim)) if trainer.optimizer is None else ""
+    return state_bytes(name, trainer.model.parameters())
 
 
 def _load_processor(original: Callable[..., None], model: Any, args: Any) -> Any:
