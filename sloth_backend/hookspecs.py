@@ -68,7 +68,14 @@ def sloth_fix_embeddings(
 def sloth_memory_plan(model: nn.Module, run: Run) -> MemoryPlan | None:
     """Called once in phase C, before the model is patched: what each layer does with its activations.
 
-    Stops at the first result that is not None.
+    Stops at the first result that is not None. No built-in plugin answers it: None leaves the choice to those that run
+    the layers. Layers that run as programs are then planned for every shape of pass from the memory that is measured;
+    of the layers that run as the host's modules and that the host checkpoints, all but the last offload their input.
+
+    Returns:
+        One Level for each decoder layer, in the order in which they run. For a program, ``kept`` and ``offloaded``
+        count where either is given, else the name: ``keep`` (all that backward looks at), ``recompute`` (nothing but
+        the input), ``offload`` (nothing, the input in host memory). For the host's modules the name alone counts.
     """
 
 

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from sloth_backend.run import Run
     from sloth_kernels.op import Op
 
-BUILTIN = ("kernel_patching", "offloaded_checkpointing", "tokenizer_healing", "embedding_fix")
+BUILTIN = (
+    "kernel_patching",
+    "offloaded_checkpointing",
+    "tokenizer_healing",
+    "embedding_fix",
+    "step_overhead",
+    "layer_programs",
+)
 """The plugins that ship with the backend, in the order in which they are registered."""
 
 _FINDING_HOOKS = ("sloth_heal_tokenizer", "sloth_fix_embeddings", "sloth_patch_model")

@@ -148,7 +148,7 @@ def test_default_chunk_is_bounded(rows: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @given(n_rows=st.integers(0, 10**6), row_bytes=st.integers(1, 2**23))
 def test_chunks_are_few_even_and_within_the_bound(n_rows: int, row_bytes: int) -> None:
-    step = op._rows_per_chunk(n_rows, row_bytes)
+    step = op.rows_per_chunk(n_rows, row_bytes)
     assert step % op.ROW_QUANTUM == 0
     assert step == op.ROW_QUANTUM or step * row_bytes <= op.LOGITS_BYTES
     fewest = launch.cdiv(n_rows, max(1, op.LOGITS_BYTES // row_bytes // op.ROW_QUANTUM) * op.ROW_QUANTUM)

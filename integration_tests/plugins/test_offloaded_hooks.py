@@ -15,10 +15,11 @@ from integration_tests import tiny
 from integration_tests.plugins.lazy_device import LazyDevice
 from integration_tests.plugins.offloading import Forced, batch, forced, make_llama, train
 from sloth_backend import SlothConfig, optimize, report, undo
-from sloth_backend.findings import Edits
-from sloth_backend.plan import MemoryPlan
+from sloth_backend.findings import Edits, Finding
+from sloth_backend.plan import KEEP, OFFLOAD, RECOMPUTE, Level, MemoryPlan
 from sloth_backend.run import Run
 from sloth_plugins.offloaded_checkpointing.seam import FUNCTION, LayerCheckpoint
+from sloth_plugins.program_layers import mark
 
 
 def describe(model: Any) -> dict[str, dict[str, Any]]:
@@ -96,14 +97,46 @@ def make_run(device: str = "cuda", gradient_checkpointing: bool | None = True, *
     return Run("user", SlothConfig(**options), torch.device(device), gradient_checkpointing=gradient_checkpointing)
 
 
-def test_plan() -> None:
-    model = make_llama()
-    offload, recompute = ("offload",) * 3, ("recompute",)
-    assert plugin.sloth_memory_plan(model, make_run()) == MemoryPlan(offload + recompute)
-    assert plugin.sloth_memory_plan(model, make_run(offload_keep_last=9)) == MemoryPlan(recompute * 4)
-    assert plugin.sloth_memory_plan(model, make_run("cpu")) is None
-    assert plugin.sloth_memory_plan(model, make_run(checkpointing="host")) is None
-    assert plugin.sloth_memory_plan(torch.nn.Linear(2, 2), make_run()) is None
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> LazyDevice:
+    """Stands in for every CUDA device."""
+    device = LazyDevice()
+    monkeypatch.setattr(plugin, "CudaDevice", lambda _: device)
+    return device
+
+
+def subjects(findings: list[Finding], action: str) -> list[str]:
+    return [finding.subject for finding in findings if finding.action == action]
+
+
+@pytest.mark.parametrize(("keep", "offloaded"), [(1, 3), (0, 4), (3, 1)])
+def test_without_a_plan_all_but_the_last_are_offloaded(device: LazyDevice, keep: int, offloaded: int) -> None:
+    findings = plugin.sloth_patch_model(make_llama(), make_run(offload_keep_last=keep), None, Edits())
+    assert subjects(findings, "changed") == [f"model.layers.{n}" for n in range(offloaded)]
+    assert subjects(findings, "skipped") == [f"model.layers.{n}" for n in range(offloaded, 4)]
+
+
+def test_layers_that_run_as_programs_are_left_alone(device: LazyDevice) -> None:
+    for plan, changed in ((None, [1]), (MemoryPlan((OFFLOAD, RECOMPUTE, OFFLOAD, OFFLOAD)), [3])):
+        model, edits = make_llama(), Edits()
+        model.gradient_checkpointing_enable()
+        for n in (0, 2):
+            mark(model.model.layers[n], edits)
+        findings = plugin.sloth_patch_model(model, make_run(), plan, edits)
+        assert {finding.subject for finding in findings} == {"model.layers.1", "model.layers.3"}
+        assert subjects(findings, "changed") == [f"model.layers.{n}" for n in changed]
+        model.gradient_checkpointing_enable()
+        wrapped = [isinstance(vars(layer)[FUNCTION], LayerCheckpoint) for layer in model.model.layers]
+        assert wrapped == [False, True, False, True]
+
+
+def test_where_all_layers_run_as_programs_one_finding_says_so(device: LazyDevice) -> None:
+    model, edits = make_llama(), Edits()
+    for layer in model.model.layers:
+        mark(layer, edits)
+    (finding,) = plugin.sloth_patch_model(model, make_run(), None, edits)
+    assert "every layer runs as a program" in finding.reason
+    assert "_set_gradient_checkpointing" not in vars(model)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +145,9 @@ def test_plan() -> None:
         (make_run("cpu"), None, "the model is on cpu"),
         (make_run(checkpointing="host"), None, "checkpointing='host'"),
         (make_run(gradient_checkpointing=False), None, "the host does not checkpoint"),
-        (make_run(), None, "no memory plan"),
-        (make_run(), MemoryPlan(("offload",) * 3), "has 3 layers, the model 4"),
-        (make_run(), MemoryPlan(("recompute",) * 4), "offloads no layer: 4 recompute"),
+        (make_run(offload_keep_last=9), None, "offloads no layer: 4 recompute"),
+        (make_run(), MemoryPlan((OFFLOAD,) * 3), "has 3 layers, the model 4"),
+        (make_run(), MemoryPlan((RECOMPUTE,) * 4), "offloads no layer: 4 recompute"),
     ],
 )
 def test_steps_aside_with_one_finding(run: Run, plan: MemoryPlan | None, reason: str) -> None:
@@ -148,10 +181,23 @@ def test_findings_where_it_takes_effect(monkeypatch: pytest.MonkeyPatch, refuses
     device = LazyDevice(refuses_to_pin=refuses)
     monkeypatch.setattr(plugin, "CudaDevice", lambda _: device)
     model, run, edits = make_llama(), make_run(), Edits()
-    findings = plugin.sloth_patch_model(model, run, plugin.sloth_memory_plan(model, run), edits)
+    findings = plugin.sloth_patch_model(model, run, None, edits)
     assert [f.subject for f in findings if f.action == "changed"] == [f"model.layers.{n}" for n in range(3)]
     assert [f.subject for f in findings if f.action == "skipped"] == ["model.layers.3"]
     assert [f.subject for f in findings if f.action == "warned"] == ["host memory"] * refuses
     assert not device.pinned
     edits.rollback()
     assert "_set_gradient_checkpointing" not in vars(model)
+
+
+def test_layers_of_other_levels_are_left_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "CudaDevice", lambda _: LazyDevice())
+    model, edits = make_llama(), Edits()
+    model.gradient_checkpointing_enable()
+    host = [vars(layer)["_gradient_checkpointing_func"] for layer in model.model.layers]
+    plan = MemoryPlan((OFFLOAD, KEEP, Level("keep without norms"), RECOMPUTE))
+    findings = plugin.sloth_patch_model(model, make_run(), plan, edits)
+    assert [f.action for f in findings] == ["changed", "skipped", "skipped", "skipped"]
+    now = [vars(layer)["_gradient_checkpointing_func"] for layer in model.model.layers]
+    assert [mine is theirs for mine, theirs in zip(now, host, strict=True)] == [False, True, True, False]
+    edits.rollback()

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from integration_tests.plugins.lazy_device import LazyDevice
+from sloth_backend.budget import HOST_RESERVE_BYTES, available_bytes
 from sloth_plugins.offloaded_checkpointing.arena import ALIGNMENT, Arena, Block, align
-from sloth_plugins.offloaded_checkpointing.host_memory import RESERVE_BYTES, HostMemory, available_bytes, map_pages
+from sloth_plugins.offloaded_checkpointing.host_memory import HostMemory, map_pages
 from sloth_plugins.offloaded_checkpointing.ring import Ring, is_dense
 
 SIZES = st.integers(min_value=1, max_value=5000)
@@ -113,12 +114,12 @@ def test_memory_blocks_are_apart_and_page_aligned() -> None:
 
 
 def test_memory_leaves_the_host_its_reserve() -> None:
-    left = RESERVE_BYTES + 20_000
+    left = HOST_RESERVE_BYTES + 20_000
     memory = HostMemory(LazyDevice(), available=lambda: left)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert memory.take(10_000, blocks_to_come=30) is not None
-    left = RESERVE_BYTES
+    left = HOST_RESERVE_BYTES
     with pytest.warns(RuntimeWarning, match="no memory left"):
         assert memory.take(10_000, blocks_to_come=29) is None
     assert map_pages(1 << 62) is None

@@ -32,6 +32,7 @@ PLUGIN = '''
 import dataclasses
 
 from sloth_backend import Finding, MemoryPlan, Op, hookimpl
+from sloth_backend.plan import KEEP, RECOMPUTE
 from sloth_kernels.ops.rms_norm import OP as BUILTIN_RMS_NORM
 
 calls = []
@@ -50,7 +51,7 @@ def sloth_ops():
 
 @hookimpl
 def sloth_memory_plan(model, run):
-    return MemoryPlan(("recompute", "keep"))
+    return MemoryPlan((RECOMPUTE, KEEP))
 
 
 @hookimpl
@@ -131,7 +132,13 @@ def test_is_called_before_the_builtins(outcome: dict[str, Any]) -> None:
 def test_adds_an_op_and_wins_the_first_result(outcome: dict[str, Any]) -> None:
     (finding,) = [f for f in outcome["findings"] if f["plugin"] == "example"]
     assert finding["capability"] == "double_scale"
-    assert finding["reason"] == "doubles 21 to 42 with 1 keep, 1 recompute"
+    assert finding["reason"] == "doubles 21 to 42 with 1 recompute, 1 keep"
+
+
+def test_decides_what_layers_keep(outcome: dict[str, Any]) -> None:
+    (finding,) = [f for f in outcome["findings"] if f["capability"] == "memory_plan"]
+    assert finding["plugin"] == "layer_programs"
+    assert finding["reason"].startswith("layers: 1 recompute, 1 keep; predicted peak")
 
 
 def test_replaces_a_builtin_op(outcome: dict[str, Any]) -> None:

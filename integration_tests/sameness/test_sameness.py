@@ -19,7 +19,7 @@ import sloth_backend
 from integration_tests.sameness.architectures import SPECIALS, make_batches, make_model
 from sloth_kernels import launch
 
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """The stated small term, relative to the largest true entry of a tensor: a few units in the last place."""
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]

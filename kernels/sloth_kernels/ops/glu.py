@@ -68,14 +68,15 @@ def _place(cols, blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    gate_ptr, up_ptr, y_ptr, cols, blocks, gate_stride, up_stride, VARIANT: tl.constexpr, BLOCK: tl.constexpr
-):
+    gate_ptr, up_ptr, y_ptr, cols, blocks, gate_stride, up_stride, y_stride,
+    VARIANT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, start, mask = _place(cols, blocks, BLOCK)
     i = tl.arange(0, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + start + i, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + start + i, mask=mask, other=0.0).to(tl.float32)
     act, _ = _activation(gate, VARIANT)
-    tl.store(y_ptr + row * cols + start + i, act * up, mask=mask)
+    tl.store(y_ptr + row * y_stride + start + i, act * up, mask=mask)
 
 
 @triton.jit
@@ -91,6 +92,29 @@ def _backward_kernel(
     act, slope = _activation(gate, VARIANT)
     tl.store(dgate_ptr + row * cols + start + i, dy * up * slope, mask=mask)
     tl.store(dup_ptr + row * cols + start + i, dy * act, mask=mask)
+
+
+@triton.jit
+def _low_rank_backward_kernel(
+    dy_ptr, u_ptr, A_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, cols, rank,
+    dy_stride, u_stride, A_stride, gate_stride, up_stride,
+    VARIANT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    r = tl.arange(0, BLOCK_R)
+    t_wide = t.to(tl.int64)[:, None]
+    mask = (t < rows)[:, None] & (i < cols)[None, :]
+    u = tl.load(u_ptr + t_wide * u_stride + r[None, :], mask=(t < rows)[:, None] & (r < rank)[None, :], other=0.0)
+    A = tl.load(A_ptr + r[:, None] * A_stride + i[None, :], mask=(r < rank)[:, None] & (i < cols)[None, :], other=0.0)
+    dy = tl.load(dy_ptr + t_wide * dy_stride + i[None, :], mask=mask, other=0.0).to(tl.float32)
+    dy = tl.dot(u, A, dy, input_precision="ieee")
+    gate = tl.load(gate_ptr + t_wide * gate_stride + i[None, :], mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + t_wide * up_stride + i[None, :], mask=mask, other=0.0).to(tl.float32)
+    act, slope = _activation(gate, VARIANT)
+    out = t_wide * cols + i[None, :]
+    tl.store(dgate_ptr + out, dy * up * slope, mask=mask)
+    tl.store(dup_ptr + out, dy * act, mask=mask)
 
 
 def _rows(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], list[int], int]:
@@ -109,26 +133,75 @@ def _grid(n: int, cols: int) -> tuple[tuple[int], int, int, int]:
     return (n // cols * blocks,), blocks, block, max(1, block // 512)
 
 
-def forward(gate: torch.Tensor, up: torch.Tensor, variant: str) -> torch.Tensor:
-    """Returns y (..., I), contiguous."""
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    (gate, up), strides, cols = _rows(gate, up)
+def forward(gate: torch.Tensor, up: torch.Tensor, variant: str, room: int = 0) -> torch.Tensor:
+    """Returns y (..., I); behind each of its rows ``room`` elements are left free."""
+    width = gate.shape[-1]
+    y = torch.empty(*gate.shape[:-1], width + room, dtype=gate.dtype, device=gate.device)
+    y = y[..., :width] if room else y
+    (gate, up, _), strides, cols = _rows(gate, up, y)
     grid, blocks, block, num_warps = _grid(y.numel(), cols)
     with on_device_of(y):
         _forward_kernel[grid](gate, up, y, cols, blocks, *strides, VARIANT=variant, BLOCK=block, num_warps=num_warps)
     return y
 
 
-def backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, variant: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns dgate and dup (..., I), contiguous."""
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+def _results(gate: torch.Tensor, up: torch.Tensor, overwrite: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where dgate and dup go: each element is read before it is written, by the same thread."""
+    if overwrite and gate.is_contiguous() and up.is_contiguous():
+        return gate, up
+    shape, dtype, device = gate.shape, gate.dtype, gate.device
+    return torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+
+
+def backward(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, variant: str, overwrite: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns dgate and dup (..., I), contiguous; with ``overwrite`` in the memory of contiguous gate and up."""
+    dgate, dup = _results(gate, up, overwrite)
     (dy, gate, up), strides, cols = _rows(dy, gate, up)
     grid, blocks, block, num_warps = _grid(dup.numel(), cols)
     with on_device_of(dy):
         _backward_kernel[grid](
             dy, gate, up, dgate, dup, cols, blocks, *strides, VARIANT=variant, BLOCK=block, num_warps=num_warps
         )
+    return dgate, dup
+
+
+def kernel_takes(gate: torch.Tensor, up: torch.Tensor) -> bool:
+    """Whether ``forward`` and ``backward`` can run on these; ``reference`` takes all others."""
+    return gate.shape == up.shape and gate.dtype == up.dtype and gate.numel() > 0 and runs_triton(gate, up)
+
+
+LOW_RANK_TILE = (32, 128, 4)
+"""Rows, columns and warps of a program of ``low_rank_backward``."""
+MAX_RANK = 256
+
+
+def low_rank_backward(
+    dy: torch.Tensor,
+    u_TR: torch.Tensor,
+    A_RI: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    variant: str,
+    overwrite: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``backward`` for the gradient ``dy + u A``, which is never written down: dgate and dup (..., I), contiguous.
+
+    ``dy`` (T, I) and ``u_TR`` (T, R) have contiguous rows, ``A_RI`` (R, I) too; R is at most ``MAX_RANK``.
+    """
+    dgate, dup = _results(gate, up, overwrite)
+    gate, gate_stride, _ = row_strides(gate)
+    up, up_stride, _ = row_strides(up)
+    rows, cols = dy.shape
+    block_t, block_i, num_warps = LOW_RANK_TILE
+    with on_device_of(dy):
+        _low_rank_backward_kernel[cdiv(rows, block_t), cdiv(cols, block_i)](
+            dy, u_TR, A_RI, gate, up, dgate, dup, rows, cols, u_TR.shape[1],
+            dy.stride(0), u_TR.stride(0), A_RI.stride(0), gate_stride, up_stride,
+            VARIANT=variant, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=max(16, next_power_of_2(u_TR.shape[1])),
+            num_warps=num_warps,
+        )  # fmt: skip
     return dgate, dup
 
 
@@ -156,8 +229,7 @@ def glu(gate: torch.Tensor, up: torch.Tensor, variant: str = "silu") -> torch.Te
     """
     if variant not in _ACTIVATIONS:
         raise ValueError(f"glu: unknown variant {variant!r}; expected one of {', '.join(VARIANTS)}")
-    alike = gate.shape == up.shape and gate.dtype == up.dtype
-    if not alike or gate.numel() == 0 or not runs_triton(gate, up):
+    if not kernel_takes(gate, up):
         return reference(gate, up, variant)
     return _GLU.apply(gate, up, variant)
 

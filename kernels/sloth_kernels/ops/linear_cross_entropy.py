@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from sloth_kernels.cross_entropy_rows import BLOCK_V, TORCH_TEMPORARIES, torch_rows, triton_rows
+from sloth_kernels.labelled_rows import LabelledRows
 from sloth_kernels.launch import cdiv, on_device_of, runs_triton, tl, triton
 from sloth_kernels.op import Call, Case, Op, Timing
 
@@ -53,6 +54,8 @@ class _Options(NamedTuple):
     softcap: float | None
     ignore_index: int
     chunk_rows: int | None
+    rows: LabelledRows | None = None
+    logits_bytes: int | None = None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -70,6 +73,8 @@ def reference(
     softcap: float | None = None,
     ignore_index: int = -100,
     chunk_rows: int | None = None,
+    rows: LabelledRows | None = None,
+    logits_bytes: int | None = None,
 ) -> LossSums:
     """The truth, as transformers computes it: logits, scale and softcap in the working dtype, float32 from there on.
 
@@ -92,12 +97,6 @@ def reference(
 # Forward ------------------------------------------------------------------------------------------------------------
 
 
-def _valid_rows(labels_T: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
-    """Indices of the rows with a label, None when all have one; the op's only wait for the device."""
-    rows_N = (labels_T != ignore_index).nonzero().squeeze(1)
-    return None if len(rows_N) == len(labels_T) else rows_N
-
-
 def _in_working_dtype(*tensors: torch.Tensor | None) -> list[Any]:
     """What ``F.linear`` computes with: the tensors themselves, under autocast casts of all but float64 ones."""
     cast = list(tensors)
@@ -113,9 +112,9 @@ def _in_working_dtype(*tensors: torch.Tensor | None) -> list[Any]:
     return cast
 
 
-def _rows_per_chunk(n_rows: int, row_bytes: int) -> int:
-    """The fewest chunks within ``LOGITS_BYTES``, about equally long: a chunk of few rows would still read all of W."""
-    most = max(1, LOGITS_BYTES // row_bytes // ROW_QUANTUM) * ROW_QUANTUM
+def rows_per_chunk(n_rows: int, row_bytes: int, logits_bytes: int | None = None) -> int:
+    """The fewest chunks within ``logits_bytes``, about equally long: a chunk of few rows would still read all of W."""
+    most = max(1, (logits_bytes or LOGITS_BYTES) // row_bytes // ROW_QUANTUM) * ROW_QUANTUM
     rows = cdiv(n_rows, max(1, cdiv(n_rows, most)))
     return max(1, cdiv(rows, ROW_QUANTUM)) * ROW_QUANTUM
 
@@ -169,7 +168,7 @@ def _forward(
     """The sums, the rows they are over (None for all), and the gradients of ``loss_sum`` that ``needs`` asks for."""
     bf16_weight = weight_VH.dtype == torch.bfloat16
     hidden_TH, weight_VH, bias_V = _in_working_dtype(hidden_TH, weight_VH, bias_V)
-    rows_N = _valid_rows(labels_T, opt.ignore_index)
+    rows_N = (opt.rows or LabelledRows(labels_T, opt.ignore_index)).indices()
     labels_N = (labels_T if rows_N is None else labels_T[rows_N]).contiguous()
     n_rows, n_vocab, wide = len(labels_N), len(weight_VH), _wide(hidden_TH.dtype)
 
@@ -177,7 +176,7 @@ def _forward(
     stride = cdiv(n_vocab, 64) * 64
     rows_pass, temporaries = (triton_rows, 0) if runs_triton(hidden_TH) else (torch_rows, TORCH_TEMPORARIES)
     logit_bytes = hidden_TH.element_size() + temporaries * wide.itemsize
-    step = opt.chunk_rows or _rows_per_chunk(n_rows, stride * logit_bytes)
+    step = opt.chunk_rows or rows_per_chunk(n_rows, stride * logit_bytes, opt.logits_bytes)
     buffer = hidden_TH.new_empty(min(step, n_rows), stride)
     stats_3N = hidden_TH.new_empty(3, n_rows, dtype=wide)
     # A float16 dW stays float32 until the upstream scalar is known: unlike stock's mean, the sum may exceed 65,504.
@@ -268,16 +267,20 @@ def linear_cross_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     chunk_rows: int | None = None,
+    rows: LabelledRows | None = None,
+    logits_bytes: int | None = None,
 ) -> LossSums:
     """Loss and statistics of ``softcap * tanh(scale * (hidden Wᵀ + bias) / softcap)`` against int64 labels.
 
     Differentiable once, in hidden, weight and bias; only what requires a gradient is computed. Under ``torch.autocast``
     it computes in autocast's dtype, as ``nn.Linear`` does. ``chunk_rows`` sets the rows held at a time, which otherwise
-    follow from ``LOGITS_BYTES``. Divide ``loss_sum`` by the number of items for stock's normalisation. Without a single
-    label the loss is 0 and so are the gradients. A label outside [0, V) that is not ``ignore_index`` raises
-    ``IndexError`` on the CPU and makes the loss and that row's gradients NaN in the kernel.
+    follow from ``logits_bytes`` (``LOGITS_BYTES``); ``rows``, made from the same labels earlier, saves a wait for the
+    device. Divide ``loss_sum`` by the number of items for stock's normalisation. Without a single label the loss is 0
+    and so are the gradients. A label outside [0, V) that is not ``ignore_index`` raises ``IndexError`` on the CPU and
+    makes the loss and that row's gradients NaN in the kernel.
     """
-    opt = _Options(float(scale), None if softcap is None else float(softcap), ignore_index, chunk_rows)
+    softcap = None if softcap is None else float(softcap)
+    opt = _Options(float(scale), softcap, ignore_index, chunk_rows, rows, logits_bytes)
     _check(hidden_TH, weight_VH, labels_T, bias_V, opt)
     tensors = (hidden_TH, weight_VH, bias_V)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

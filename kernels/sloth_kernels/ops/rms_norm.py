@@ -76,7 +76,7 @@ def _scale(w_ptr, cols, mask, HAS_WEIGHT: tl.constexpr, PLUS_ONE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _forward_kernel(
-    x_ptr, w_ptr, y_ptr, rstd_ptr, n_rows, inner, x_outer, x_inner, eps, H: tl.constexpr,
+    x_ptr, w_ptr, y_ptr, rstd_ptr, n_rows, inner, x_outer, x_inner, y_stride, eps, H: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK_H)
@@ -88,13 +88,14 @@ def _forward_kernel(
     rstd = tl.rsqrt(tl.sum(x * x, 1) / H + eps)
     tl.store(rstd_ptr + rows, rstd, mask=rows < n_rows)
     y = x * rstd[:, None] * scale[None, :]
-    tl.store(y_ptr + rows.to(tl.int64)[:, None] * H + cols[None, :], y, mask=mask)
+    tl.store(y_ptr + rows.to(tl.int64)[:, None] * y_stride + cols[None, :], y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward_kernel(
-    dy_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, partial_ptr, n_rows, inner, dy_outer, dy_inner, x_outer, x_inner,
-    H: tl.constexpr, HAS_WEIGHT: tl.constexpr, PLUS_ONE: tl.constexpr, SUM_DW: tl.constexpr,
+    dy_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, partial_ptr, add_ptr,
+    n_rows, inner, dy_outer, dy_inner, x_outer, x_inner,
+    H: tl.constexpr, HAS_WEIGHT: tl.constexpr, PLUS_ONE: tl.constexpr, SUM_DW: tl.constexpr, ADD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK_H)
@@ -111,7 +112,10 @@ def _backward_kernel(
         x_hat = x * rstd
         g = dy * scale[None, :]
         dx = (g - x_hat * (tl.sum(g * x_hat, 1) / H)[:, None]) * rstd
-        tl.store(dx_ptr + rows.to(tl.int64)[:, None] * H + cols[None, :], dx, mask=mask)
+        dx_offsets = rows.to(tl.int64)[:, None] * H + cols[None, :]
+        if ADD:
+            dx += tl.load(add_ptr + dx_offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + dx_offsets, dx, mask=mask)
         if SUM_DW:
             dw += dy * x_hat
     if SUM_DW:
@@ -146,19 +150,23 @@ def _output_dtype(x: torch.Tensor, weight: torch.Tensor | None, variant: str) ->
 
 
 def forward(
-    x: torch.Tensor, weight: torch.Tensor | None, eps: float, variant: str
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, variant: str, room: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns y, x as the kernel could walk it (a copy for odd layouts) and 1 / rms of each row (T,), float32."""
+    """Returns y, x as the kernel could walk it (a copy for odd layouts) and 1 / rms of each row (T,), float32.
+
+    Behind each row of y ``room`` elements are left free.
+    """
     hidden = x.shape[-1]
     n_rows = x.numel() // hidden
     block_t, block_h, num_warps = _tile(hidden)
     inner = inner_rows(x)
     x, x_outer, x_inner = row_strides(x, inner)
-    y = torch.empty(x.shape, dtype=_output_dtype(x, weight, variant), device=x.device)
+    y = torch.empty(*x.shape[:-1], hidden + room, dtype=_output_dtype(x, weight, variant), device=x.device)
+    y = y[..., :hidden] if room else y
     rstd_T = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     with on_device_of(x):
         _forward_kernel[(cdiv(n_rows, block_t),)](
-            x, weight, y, rstd_T, n_rows, inner, x_outer, x_inner, eps,
+            x, weight, y, rstd_T, n_rows, inner, x_outer, x_inner, hidden + room, eps,
             H=hidden,
             HAS_WEIGHT=weight is not None,
             PLUS_ONE=variant == "scale_cast_plus_one",
@@ -170,9 +178,15 @@ def forward(
 
 
 def backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, rstd_T: torch.Tensor, variant: str, sum_dw: bool
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd_T: torch.Tensor,
+    variant: str,
+    sum_dw: bool,
+    add: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns dx and, with ``sum_dw``, dw in weight's dtype."""
+    """Returns dx, plus ``add`` (..., H) where it is given, and, with ``sum_dw``, dw in weight's dtype."""
     hidden = x.shape[-1]
     block_t, block_h, num_warps = _tile(hidden)
     programs = cdiv(rstd_T.numel(), block_t)
@@ -186,11 +200,13 @@ def backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with on_device_of(x):
         _backward_kernel[(programs,)](
-            dy, x, weight, rstd_T, dx, partial_PH, rstd_T.numel(), inner, dy_outer, dy_inner, x_outer, x_inner,
+            dy, x, weight, rstd_T, dx, partial_PH, None if add is None else add.contiguous(),
+            rstd_T.numel(), inner, dy_outer, dy_inner, x_outer, x_inner,
             H=hidden,
             HAS_WEIGHT=weight is not None,
             PLUS_ONE=variant == "scale_cast_plus_one",
             SUM_DW=sum_dw,
+            ADD=add is not None,
             BLOCK_T=block_t,
             BLOCK_H=block_h,
             STAGES=STAGES if sum_dw else 1,
@@ -206,6 +222,11 @@ def _sum_partials(partial_PH: torch.Tensor | None, weight: torch.Tensor | None) 
     dw = torch.empty_like(weight)
     _sum_partials_kernel[(cdiv(hidden, 32),)](partial_PH, dw, n_partials, H=hidden, BLOCK_P=64, BLOCK_H=32, num_warps=4)
     return dw
+
+
+def kernel_takes(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
+    """Whether ``forward`` and ``backward`` can run on these; ``reference`` takes all others."""
+    return x.numel() > 0 and x.shape[-1] <= MAX_HIDDEN and runs_triton(*((x,) if weight is None else (x, weight)))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -233,12 +254,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, variant: 
     """
     if variant not in VARIANTS:
         raise ValueError(f"rms_norm: unknown variant {variant!r}; expected one of {', '.join(VARIANTS)}")
-    tensors = (x,) if weight is None else (x, weight)
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(
             f"rms_norm: weight has shape {tuple(weight.shape)}; x of shape {tuple(x.shape)} needs {tuple(x.shape[-1:])}"
         )
-    if x.numel() == 0 or x.shape[-1] > MAX_HIDDEN or not runs_triton(*tensors):
+    if not kernel_takes(x, weight):
         return reference(x, weight, eps, variant)
     return _RMSNorm.apply(x, weight, eps, variant)
 

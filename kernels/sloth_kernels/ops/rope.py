@@ -271,6 +271,15 @@ def forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, variant: str, unsque
     return q_out, k_out
 
 
+def backward(
+    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, variant: str, unsqueeze_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k in ``dtype``, theirs, laid out as dq and dk."""
+    out = _empty_like(dq, dtype), _empty_like(dk, dtype)
+    _launch((dq, dk), out, cos, sin, variant, unsqueeze_dim, transposed=True)
+    return out
+
+
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -297,10 +306,11 @@ class _Rope(torch.autograd.Function):
         return dq, dk, None, None, None, None
 
 
-def _kernel_takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation, unsqueeze_dim: int) -> bool:
+def kernel_takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, variant: str, unsqueeze_dim: int = 1) -> bool:
     """Whether the shapes are the ones at the top of this file; torch's own errors and broadcasts cover the others."""
     if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or unsqueeze_dim not in (1, 2) or q.numel() == 0:
         return False
+    rotation = ROTATIONS[variant]
     batch, seq, width = q.shape[0], q.shape[3 - unsqueeze_dim], q.shape[-1]
     return (
         (k.shape[0], k.shape[3 - unsqueeze_dim], k.shape[-1], k.dtype) == (batch, seq, width, q.dtype)
@@ -321,10 +331,9 @@ def rope(
 
     Raises ``ValueError`` for an unknown variant, torch's own errors for shapes that do not fit.
     """
-    rotation = ROTATIONS.get(variant)
-    if rotation is None:
+    if variant not in ROTATIONS:
         raise ValueError(f"rope: unknown variant {variant!r}; expected one of {', '.join(VARIANTS)}")
-    if not _kernel_takes(q, k, cos, sin, rotation, unsqueeze_dim):
+    if not kernel_takes(q, k, cos, sin, variant, unsqueeze_dim):
         return reference(q, k, cos, sin, variant, unsqueeze_dim)
     return _Rope.apply(q, k, cos, sin, variant, unsqueeze_dim)
 

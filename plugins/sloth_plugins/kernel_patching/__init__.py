@@ -13,9 +13,11 @@ from sloth_backend.roles import Role
 from sloth_backend.run import Run
 from sloth_kernels.op import Op
 from sloth_kernels.registry import load_ops
+from sloth_plugins.kernel_patching.lora import patch_linears
 from sloth_plugins.kernel_patching.loss import CAPABILITY, patch_loss
 from sloth_plugins.kernel_patching.patch import patch_modules
 from sloth_plugins.kernel_patching.roles import ROLES
+from sloth_plugins.program_layers import program_layers
 
 
 @hookimpl
@@ -45,8 +47,9 @@ def sloth_check(run: Run, model: Any) -> list[str]:
 def sloth_patch_model(
     model: nn.Module, run: Run, ops: Mapping[str, Op], roles: list[Role], edits: Edits
 ) -> list[Finding]:
-    """Patch the modules that match and, where nothing stands in the way, the loss."""
+    """Patch modules that match, adapted linears outside layer programs and, if nothing stands in the way, the loss."""
     findings = patch_modules(model, run, ops, roles, edits)
+    findings += patch_linears(model, run, ops, edits, program_layers(model))
     if run.config.allows(CAPABILITY) and CAPABILITY in ops:
         findings.append(patch_loss(model, ops[CAPABILITY], edits))
     return findings

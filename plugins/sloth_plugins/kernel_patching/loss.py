@@ -11,6 +11,7 @@ import inspect
 import types
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,11 +21,47 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from sloth_backend.findings import Edits, Finding
+from sloth_kernels.labelled_rows import LabelledRows
 from sloth_kernels.op import Op
 from sloth_plugins.kernel_patching.lazy_logits import LazyLogits, Product
 
 CAPABILITY = "linear_cross_entropy"
-_deferring: ContextVar[bool] = ContextVar("sloth_deferring_logits", default=False)
+_deferring: ContextVar[Deferral | None] = ContextVar("sloth_deferring_logits", default=None)
+
+
+@dataclass
+class Deferral:
+    """One forward with labels, and which rows have one: looked for before the layers run, ready when they have."""
+
+    labels: torch.Tensor | None
+    shift_labels: torch.Tensor | None
+    ignore_index: int = -100
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the op."""
+
+    def __post_init__(self) -> None:
+        self.shifted = _shifted(self.labels, self.shift_labels, self.ignore_index)
+        self.rows = LabelledRows(self.shifted, self.ignore_index)
+
+    def rows_of(self, shifted: torch.Tensor, labels: Any, shift_labels: Any, ignore_index: int) -> LabelledRows | None:
+        """The rows, where the loss is asked for with the labels that the forward was called with."""
+        same = labels is self.labels and shift_labels is self.shift_labels and ignore_index == self.ignore_index
+        return self.rows if same and shifted.device == self.shifted.device else None
+
+
+def limit_logits(size: int) -> None:
+    """Let the loss of the forward that is running hold ``size`` bytes of logits at a time."""
+    deferral = _deferring.get()
+    if deferral is not None:
+        deferral.options["logits_bytes"] = size
+
+
+def _shifted(labels: torch.Tensor | None, shift_labels: torch.Tensor | None, ignore_index: int) -> torch.Tensor:
+    """The label of each position (T,): the next token."""
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return shift_labels.reshape(-1)
 
 
 def patch_loss(model: Any, op: Op, edits: Edits) -> Finding:
@@ -87,7 +124,7 @@ def _set_loss_function(model: Any, loss: Callable[..., Any], edits: Edits) -> No
 def _lazy_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-        if not _deferring.get():
+        if _deferring.get() is None:
             return original(self, hidden)
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -102,12 +139,12 @@ def _deferring_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        labels = kwargs.get("labels")
+        labels, shift_labels = kwargs.get("labels"), kwargs.get("shift_labels")
         if labels is None and args:
             labels = signature.bind_partial(self, *args, **kwargs).arguments.get("labels")
-        if labels is None and kwargs.get("shift_labels") is None:
+        if labels is None and shift_labels is None:
             return original(self, *args, **kwargs)
-        token = _deferring.set(True)
+        token = _deferring.set(Deferral(labels, shift_labels))
         try:
             return _counted(original(self, *args, **kwargs))
         finally:
@@ -130,17 +167,19 @@ def _fused_loss(fn: Callable[..., Any]) -> Callable[..., torch.Tensor]:
         if not isinstance(logits, LazyLogits):
             plain: Any = ForCausalLMLoss
             return plain(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
-        product, epilogue = logits.product, logits.epilogue
-        if shift_labels is None and labels is not None:
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        product, epilogue, deferral = logits.product, logits.epilogue, _deferring.get()
+        shifted = _shifted(labels, shift_labels, ignore_index).to(product.hidden.device)
+        rows = deferral.rows_of(shifted, labels, shift_labels, ignore_index) if deferral else None
         product.sums = fn(
             product.hidden.reshape(-1, product.hidden.shape[-1]),
             product.head.weight,
-            shift_labels.reshape(-1).to(product.hidden.device),  # type: ignore[union-attr]
+            shifted,
             product.head.bias,
             scale=epilogue.logit_scale,
             softcap=epilogue.softcap,
             ignore_index=ignore_index,
+            **({"rows": rows} if rows is not None else {}),
+            **(deferral.options if deferral else {}),
         )
         return _normalise(product.sums, num_items_in_batch)
 

@@ -14,20 +14,17 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sloth_backend.budget import HOST_RESERVE_BYTES, available_bytes
 from sloth_plugins.offloaded_checkpointing.arena import Arena, Block, align
 from sloth_plugins.offloaded_checkpointing.device import Device, PinError
 
 SEGMENT_BYTES = 2 << 30
 """A segment's size at most, where one block is not larger: pinning it stalls the host for a second at most."""
-
-RESERVE_BYTES = 1 << 30
-"""Host memory that is always left to everyone else."""
 
 # Pinning walks the pages one by one: 2 MiB pages, where the system grants them, make 512 times fewer of them. And the
 # kernel copies pinned private pages for every forked child (a data loader's worker, say) unless they are wiped on fork.
@@ -108,7 +105,7 @@ class HostMemory:
 
     def _add(self, nbytes: int) -> bool:
         available = self._available()
-        if available is not None and nbytes > available - RESERVE_BYTES:
+        if available is not None and nbytes > available - HOST_RESERVE_BYTES:
             return False
         memory = map_pages(nbytes)
         if memory is None:
@@ -161,50 +158,6 @@ def map_pages(nbytes: int) -> Tensor | None:
         with contextlib.suppress(OSError):
             pages.madvise(advice)
     return torch.frombuffer(pages, dtype=torch.uint8)
-
-
-def available_bytes(root: Path = Path("/")) -> int | None:
-    """Bytes of host memory this process may still take: the machine's, or its control group's where that is less.
-
-    Args:
-        root: the file system's root (Linux); where its files say nothing, None.
-    """
-    known = [value for value in (_machine_bytes(root), *_control_group_bytes(root)) if value is not None]
-    return min(known, default=None)
-
-
-def _machine_bytes(root: Path) -> int | None:
-    fields = _fields(root / "proc/meminfo")
-    return fields["MemAvailable:"] * 1024 if "MemAvailable:" in fields else None
-
-
-def _control_group_bytes(root: Path) -> list[int]:
-    """What each enclosing group (cgroup v2, and v1's outermost) leaves; cached files count as free."""
-    places = [("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")]
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        if line.startswith("0::/"):
-            own = Path(line.removeprefix("0::/"))
-            places += [(f"sys/fs/cgroup/{p}", "memory.max", "memory.current") for p in (own, *own.parents)]
-    left = []
-    for folder, limit, usage in places:
-        limits, used = _text(root / folder / limit).strip(), _text(root / folder / usage).strip()
-        if limits.isdigit() and used.isdigit():
-            stat = _fields(root / folder / "memory.stat")
-            left.append(int(limits) - int(used) + stat.get("inactive_file", 0) + stat.get("active_file", 0))
-    return left
-
-
-def _fields(path: Path) -> dict[str, int]:
-    """``name value ...`` lines as a mapping."""
-    rows = (line.split() for line in _text(path).splitlines())
-    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def _release(segments: dict[int, Segment], device: Device, owner: int) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from sloth_backend.findings import Edits
-from sloth_backend.plan import LayerPlan
+from sloth_backend.plan import OFFLOAD, RECOMPUTE
 from sloth_plugins.offloaded_checkpointing.ring import Handle, Kept, Ring, is_dense
 
 FLAG = "gradient_checkpointing"
@@ -130,11 +130,11 @@ class Seam:
 
     Args:
         model: the model whose ``_set_gradient_checkpointing`` the host calls.
-        plan: layer -> what it does; ``"keep"`` leaves its function alone.
+        plan: layer -> the name of its level; any but OFFLOAD's and RECOMPUTE's leaves its function alone.
         rings: where the inputs go.
     """
 
-    def __init__(self, model: nn.Module, plan: Mapping[nn.Module, LayerPlan], rings: Rings) -> None:
+    def __init__(self, model: nn.Module, plan: Mapping[nn.Module, str], rings: Rings) -> None:
         self.model = weakref.ref(model)
         self.plan = dict(plan)
         self.rings = rings
@@ -150,12 +150,13 @@ class Seam:
         """Wrap the functions that the host has set on layers that are to checkpoint."""
         self.unwrap()
         layers = [layer for layer in self.plan if getattr(layer, FLAG) and FUNCTION in vars(layer)]
-        to_come = sum(self.plan[layer] == "offload" for layer in layers)
+        to_come = sum(self.plan[layer] == OFFLOAD.name for layer in layers)
         for layer in layers:
-            choice, host = self.plan[layer], vars(layer)[FUNCTION]
-            if choice != "keep":
-                setattr(layer, FUNCTION, LayerCheckpoint(host, self.rings, to_come if choice == "offload" else 0))
-            to_come -= choice == "offload"
+            name, host = self.plan[layer], vars(layer)[FUNCTION]
+            offloads = name == OFFLOAD.name
+            if offloads or name == RECOMPUTE.name:
+                setattr(layer, FUNCTION, LayerCheckpoint(host, self.rings, to_come if offloads else 0))
+            to_come -= offloads
 
     def unwrap(self) -> None:
         """Give every layer the host's own function back."""

@@ -1,0 +1,99 @@
+"""A layer with all the right parts, wired in another way, is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from integration_tests.plugins.layer_programs.common import adapted, assert_same, programs, switched_on, train
+from integration_tests.sameness.architectures import make_model
+from sloth_kernels.program import Program
+from sloth_plugins.layer_programs.probe import Seen, disagreement
+
+Branch = Callable[[torch.Tensor], torch.Tensor]
+Wiring = Callable[[Any, torch.Tensor, Branch], Any]
+
+
+def _as_llama(layer: Any, x: torch.Tensor, attend: Branch) -> Any:
+    x = x + attend(layer.input_layernorm(x))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def _scaled_residual(layer: Any, x: torch.Tensor, attend: Branch) -> Any:
+    x = 1.1 * x + attend(layer.input_layernorm(x))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def _swapped_norms(layer: Any, x: torch.Tensor, attend: Branch) -> Any:
+    x = x + attend(layer.post_attention_layernorm(x))
+    return x + layer.mlp(layer.input_layernorm(x))
+
+
+def _without_mlp(layer: Any, x: torch.Tensor, attend: Branch) -> Any:
+    return x + attend(layer.input_layernorm(x))
+
+
+def _in_parallel(layer: Any, x: torch.Tensor, attend: Branch) -> Any:
+    return x + attend(layer.input_layernorm(x)) + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def _norms_after(layer: Any, x: torch.Tensor, attend: Branch) -> Any:
+    x = x + layer.input_layernorm(attend(x))
+    return x + layer.post_attention_layernorm(layer.mlp(x))
+
+
+def _a_little_more(layer: Any, x: torch.Tensor, attend: Branch) -> Any:
+    x = x + 1.01 * attend(layer.input_layernorm(x))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def rewired(wiring: Wiring, layer: LlamaDecoderLayer) -> None:
+    """Make ``layer`` one of a class whose forward is ``wiring``."""
+
+    class Rewired(LlamaDecoderLayer):
+        def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return wiring(self, hidden_states, lambda n: self.self_attn(hidden_states=n, **kwargs)[0])
+
+    layer.__class__ = Rewired
+
+
+def model_with(wiring: Wiring, index: int) -> Any:
+    """A tiny Llama under LoRA one of whose layers is wired so."""
+    model = make_model("llama")
+    rewired(wiring, model.model.layers[index])
+    return adapted(model)
+
+
+def test_the_right_wiring_under_another_name() -> None:
+    found = programs(switched_on(model_with(_as_llama, 1)))
+    assert [finding.action for finding in found] == ["changed"] * 3
+
+
+@pytest.mark.parametrize(
+    "wiring", [_scaled_residual, _swapped_norms, _without_mlp, _in_parallel, _norms_after, _a_little_more]
+)
+@pytest.mark.parametrize("index", [0, 2])
+def test_another_wiring_is_refused(wiring: Wiring, index: int) -> None:
+    mine = switched_on(model_with(wiring, index))
+    found = programs(mine)
+    assert [i for i, finding in enumerate(found) if finding.action == "skipped"] == [index]
+    assert "more than the" in found[index].reason
+    assert_same(train(mine.train()), train(model_with(wiring, index).train()))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "output", "reason"),
+    [
+        ({}, (torch.zeros(1, 2, 4),), "it returns a tuple, not one tensor"),
+        ({"flavour": 1}, torch.zeros(1, 2, 4), "arguments that programs do not know: flavour"),
+    ],
+    ids=["tuple", "argument"],
+)
+def test_another_kind_of_call_is_refused(kwargs: dict[str, Any], output: Any, reason: str) -> None:
+    seen = Seen(torch.zeros(1, 2, 4), kwargs, output, torch.ones(1, 2, dtype=torch.bool))
+    assert reason in disagreement(Program([]), [seen])
+    assert "positional argument" in disagreement(Program([]), [])

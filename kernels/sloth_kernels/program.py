@@ -1,0 +1,326 @@
+"""A program: stages over named values, run as one autograd function that keeps only what it is told to keep.
+
+A stage reads some values and writes others; its backward needs some of both. From the set of values that are kept
+between forward and backward a Schedule follows: in forward, where each value dies; in backward, which stages run again
+to bring back what a stage needs. So a layer that keeps everything, one that recomputes everything and all between are
+the same program under different sets, and a value may be given up at any time: it can be computed again.
+
+``x`` is the input and ``y`` the output; other inputs are constants without gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from sloth_kernels.adapters import autocast_dtype
+from sloth_kernels.relief import givers, with_relief
+
+INPUT, OUTPUT = "x", "y"
+
+
+class Bound(Protocol):
+    """A stage with the parameters it has at one call."""
+
+    operands: Sequence[torch.Tensor | None]
+    """What it is differentiable in beside its inputs, in a fixed order."""
+
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        """One value for each of the stage's ``writes``. Changes none of its inputs."""
+        ...
+
+    def backward(
+        self, values: Mapping[str, Any], dys: Sequence[Any], dxs: Sequence[Any], wants: Sequence[bool]
+    ) -> tuple[Sequence[Any], Sequence[torch.Tensor | None]]:
+        """Gradients of its ``reads`` and of its operands.
+
+        Args:
+            values: at least the stage's ``needs``.
+            dys: of each of its ``writes``; None where nothing depends on it.
+            dxs: what other stages have already added to the gradient of each of its ``reads``, or None: the sum is to
+                be returned, in new memory.
+            wants: whether each of its ``reads``, then each operand, needs a gradient; the others may be None.
+        """
+        ...
+
+
+class Stage(Protocol):
+    """One step of a program. Stages with equal ``reads``, ``writes`` and ``needs`` share their schedules."""
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    needs: tuple[str, ...]
+    """Of its reads and writes, those that its backward looks at."""
+
+    def bind(self, autocast: torch.dtype | None) -> Bound:
+        """The stage as it is now: its parameters may have been replaced, its adapters switched since the last call.
+
+        ``autocast`` is what autocast computes in around the call; it is off while the stage runs.
+        """
+        ...
+
+
+class Form(NamedTuple):
+    """What a schedule follows from."""
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    needs: tuple[str, ...]
+
+
+class Step(NamedTuple):
+    """Run stage ``stage`` forward, or backward, then let go of the values ``frees``."""
+
+    stage: int
+    is_backward: bool
+    frees: tuple[str, ...]
+
+
+class Schedule(NamedTuple):
+    """The steps of both passes for one set of kept values."""
+
+    forward: tuple[Step, ...]
+    backward: tuple[Step, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def schedule(forms: tuple[Form, ...], constants: frozenset[str], kept: frozenset[str]) -> Schedule:
+    """The steps for ``kept``; ``x`` and the constants are always there."""
+    given = constants | {INPUT}
+    return Schedule(_forward_steps(forms, given | kept | {OUTPUT}), _backward_steps(forms, given, given | kept))
+
+
+def _forward_steps(forms: tuple[Form, ...], stays: frozenset[str]) -> tuple[Step, ...]:
+    steps = []
+    for i, form in enumerate(forms):
+        later = {name for other in forms[i + 1 :] for name in other.reads}
+        frees = {*form.reads, *form.writes} - later - stays
+        steps.append(Step(i, False, tuple(sorted(frees))))
+    return tuple(steps)
+
+
+def _backward_steps(forms: tuple[Form, ...], given: frozenset[str], at_hand: frozenset[str]) -> tuple[Step, ...]:
+    made_by = {name: i for i, form in enumerate(forms) for name in form.writes}
+    present, steps = set(at_hand), []
+
+    def bring(names: Iterable[str]) -> None:
+        for name in names:
+            if name not in present:
+                stage = made_by[name]
+                bring(forms[stage].reads)
+                present.update(forms[stage].writes)
+                steps.append((stage, False, set(present)))
+
+    for i in reversed(range(len(forms))):
+        bring(forms[i].needs)
+        present &= _wanted(forms, i, present, made_by) | given
+        steps.append((i, True, set(present)))
+    return _with_frees(steps, forms, at_hand)
+
+
+def _wanted(forms: tuple[Form, ...], before: int, present: set[str], made_by: Mapping[str, int]) -> set[str]:
+    """Of what is present, what the backward of the stages ``before`` one needs, be it to compute what is missing."""
+    wanted: set[str] = set()
+    stack = [name for form in forms[:before] for name in form.needs]
+    while stack:
+        name = stack.pop()
+        if name in wanted:
+            continue
+        wanted.add(name)
+        if name not in present and name in made_by:
+            stack.extend(forms[made_by[name]].reads)
+    return wanted & present
+
+
+def _with_frees(
+    steps: list[tuple[int, bool, set[str]]], forms: tuple[Form, ...], at_hand: frozenset[str]
+) -> tuple[Step, ...]:
+    """Name what each step lets go of: what is not present after it but was before, or was written for nothing."""
+    result, before = [], set(at_hand)
+    for stage, is_backward, after in steps:
+        had = before | (set() if is_backward else set(forms[stage].writes))
+        result.append(Step(stage, is_backward, tuple(sorted(had - after))))
+        before = after
+    return tuple(result)
+
+
+class Program:
+    """Stages in the order in which they run, reading ``x`` and ``constants``, the last of them writing ``y``."""
+
+    def __init__(self, stages: Sequence[Stage], constants: Iterable[str] = ()) -> None:
+        self.stages = tuple(stages)
+        self.constants = frozenset(constants)
+        self.forms = tuple(Form(stage.reads, stage.writes, stage.needs) for stage in self.stages)
+        known = self.constants | {INPUT}
+        for form in self.forms:
+            if missing := set(form.reads) - known:
+                raise ValueError(f"a stage reads {', '.join(sorted(missing))}, which no stage before it writes")
+            known |= set(form.writes)
+
+    @property
+    def savable(self) -> frozenset[str]:
+        """The values that some backward looks at: keeping any other would be of no use."""
+        return frozenset(name for form in self.forms for name in form.needs) - self.constants - {INPUT}
+
+    def schedule(self, kept: frozenset[str]) -> Schedule:
+        """See ``schedule``."""
+        return schedule(self.forms, self.constants, kept)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        constants: Mapping[str, Any],
+        kept: frozenset[str] | None = None,
+        on_relief: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """``y`` for ``x`` and the constants, differentiable once in x and in the stages' operands.
+
+        Args:
+            x: the input; autograd saves it, through the saved-tensor hooks that are in force.
+            constants: name -> value; without gradients.
+            kept: which values stay for backward; None for all that are of use.
+            on_relief: called when kept values had to be given up, the device being out of memory.
+        """
+        autocast = autocast_dtype(x)
+        bound = [stage.bind(autocast) for stage in self.stages]
+        operands = [operand for stage in bound for operand in stage.operands]
+        frame = Frame(self, bound, constants)
+        with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands)):
+                frame.kept = self.savable if kept is None else kept
+                frame.on_relief = on_relief
+                return _Run.apply(x, frame, *operands)
+            with torch.no_grad():
+                return frame.run_forward(x, frozenset())
+
+    def trace(self, x: torch.Tensor, constants: Mapping[str, Any]) -> dict[str, Any]:
+        """Every value of one forward run without gradients, ``y`` among them."""
+        autocast = autocast_dtype(x)
+        frame = Frame(self, [stage.bind(autocast) for stage in self.stages], constants)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            frame.run_forward(x, frozenset(name for form in self.forms for name in form.writes))
+        return frame.values
+
+
+class Frame:
+    """One call of a program: what it has at hand, from forward until its backward is over."""
+
+    def __init__(self, program: Program, bound: Sequence[Bound], constants: Mapping[str, Any]) -> None:
+        self.program = program
+        self.bound = bound
+        self.constants = constants
+        self.kept: frozenset[str] = frozenset()
+        self.values: dict[str, Any] = {}
+        self.on_relief: Callable[[], None] | None = None
+
+    def run_forward(self, x: torch.Tensor, kept: frozenset[str]) -> torch.Tensor:
+        """Compute y; afterwards ``values`` has what is kept."""
+        values = {**self.constants, INPUT: x}
+        for step in self.program.schedule(kept).forward:
+            self._run_stage(step.stage, values)
+            for name in step.frees:
+                del values[name]
+        self.values = {name: values[name] for name in kept}
+        return values[OUTPUT]
+
+    def _run_stage(self, i: int, values: dict[str, Any]) -> None:
+        form = self.program.forms[i]
+        inputs = [values[name] for name in form.reads]
+        written = with_relief(self.bound[i].forward, *inputs, spare=self)
+        values.update(zip(form.writes, written, strict=True))
+
+    def give_up(self) -> bool:
+        """Let go of everything that can be computed again; whether that was anything."""
+        if not self.values:
+            return False
+        self.values, self.kept = {}, frozenset()
+        if self.on_relief is not None:
+            self.on_relief()
+        return True
+
+    def run_backward(
+        self, x: torch.Tensor, dy: torch.Tensor, needs: Sequence[bool]
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+        """Gradients of x and of all operands; ``needs`` says which of them are wanted. A second call recomputes all."""
+        values, kept = Values({**self.constants, INPUT: x, **self.values}), self.kept
+        self.values, self.kept = {}, frozenset()
+        wants = Wants.of(self, needs)
+        grads: dict[str, Any] = {OUTPUT: dy}
+        operand_grads: list[Sequence[torch.Tensor | None]] = [[None] * len(b.operands) for b in self.bound]
+        for step in self.program.schedule(kept).backward:
+            values.dying = frozenset(step.frees)
+            if step.is_backward:
+                self._run_stage_backward(step.stage, values, grads, operand_grads, wants)
+            else:
+                self._run_stage(step.stage, values)
+            for name in step.frees:
+                del values[name]
+        return grads.get(INPUT), [grad for own in operand_grads for grad in own]
+
+    def _run_stage_backward(
+        self,
+        i: int,
+        values: dict[str, Any],
+        grads: dict[str, Any],
+        operand_grads: list[Sequence[torch.Tensor | None]],
+        wants: Wants,
+    ) -> None:
+        form = self.program.forms[i]
+        dys = [grads.pop(name, None) for name in form.writes]
+        wanted = [*(wants.values[name] for name in form.reads), *wants.operands[i]]
+        if not any(wanted) or all(dy is None for dy in dys):
+            return
+        dxs = [grads.get(name) for name in form.reads]
+        new, operand_grads[i] = with_relief(self.bound[i].backward, values, dys, dxs, wanted, spare=self)
+        grads.update((name, grad) for name, grad in zip(form.reads, new, strict=True) if grad is not None)
+
+
+class Values(dict[str, Any]):
+    """What a backward has at hand, and which of it dies with the step that runs."""
+
+    dying: frozenset[str] = frozenset()
+
+
+class Wants(NamedTuple):
+    """Which values and which operands need a gradient."""
+
+    values: Mapping[str, bool]
+    operands: list[list[bool]]
+
+    @classmethod
+    def of(cls, frame: Frame, needs: Sequence[bool]) -> Wants:
+        """From whether x and each operand, all stages' in one list, need one."""
+        values = dict.fromkeys(frame.constants, False) | {INPUT: needs[0]}
+        operands, start = [], 1
+        for form, bound in zip(frame.program.forms, frame.bound, strict=True):
+            own = list(needs[start : start + len(bound.operands)])
+            start += len(own)
+            operands.append(own)
+            wanted = any(own) or any(values[name] for name in form.reads)
+            values.update(dict.fromkeys(form.writes, wanted))
+        return cls(values, operands)
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, frame: Frame, *operands: torch.Tensor | None) -> torch.Tensor:
+        # The operands are read where they are; autograd saves them to see that nobody changes them in between.
+        ctx.save_for_backward(x, *operands)
+        ctx.frame = frame
+        y = frame.run_forward(x, frame.kept)
+        givers.add(frame)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():
+            raise RuntimeError("a layer program has no second derivative: call backward without create_graph=True")
+        x, *_ = ctx.saved_tensors
+        givers.discard(ctx.frame)
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+        with torch.autocast(dy.device.type, enabled=False):
+            dx, operand_grads = ctx.frame.run_backward(x, dy, needs)
+        return dx, None, *operand_grads

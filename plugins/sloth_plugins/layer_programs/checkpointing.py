@@ -1,0 +1,55 @@
+"""Layers that run as programs decide themselves what they keep: the host's checkpointing function leaves them alone."""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from sloth_backend.findings import Edits
+
+FUNCTION, SETTER = "_gradient_checkpointing_func", "_set_gradient_checkpointing"
+
+
+def directly(run_the_layer: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    """What a checkpointing function is called with, run once and not again."""
+    return run_the_layer(*inputs, **options)
+
+
+def leave_alone(model: nn.Module, layers: Sequence[nn.Module], edits: Edits) -> None:
+    """Put ``directly`` in the place of the function that the host sets on ``layers``, now and whenever it sets it."""
+    replaced: list[tuple[nn.Module, Any]] = []
+
+    def put() -> None:
+        for layer in layers:
+            host = vars(layer).get(FUNCTION)
+            if host is not None and host is not directly:
+                replaced.append((layer, host))
+                setattr(layer, FUNCTION, directly)
+
+    def put_back() -> None:
+        for layer, host in replaced:
+            if vars(layer).get(FUNCTION) is directly:
+                setattr(layer, FUNCTION, host)
+
+    edits.on_undo(put_back)
+    if hasattr(model, SETTER):
+        edits.set(model, SETTER, types.MethodType(_followed_by(put, model), model))
+    put()
+
+
+def _followed_by(put: Callable[[], None], model: nn.Module) -> Callable[..., None]:
+    original, owner = getattr(model, SETTER).__func__, weakref.ref(model)
+
+    @functools.wraps(original)
+    def _set_gradient_checkpointing(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        # A deep copy of the model brings this method along, but its layers are others.
+        if self is owner():
+            put()
+
+    return _set_gradient_checkpointing

@@ -1,0 +1,190 @@
+"""What the ways to run a program cost: bytes from a run that was observed, seconds from a simple model of the device.
+
+The model need only rank the ways: matrix products at one rate, everything else at the speed of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from sloth_backend.plan import Level
+from sloth_kernels.program import INPUT, OUTPUT, Program
+from sloth_kernels.tiles import Tiled
+
+FLOPS, BYTES, LINK_BYTES = 600e12, 3e12, 50e9
+"""A second's products, device traffic and traffic to the host (one H200); only their ratios matter to a plan."""
+
+TILE_SHARE = 0.05
+"""What products of few rows, and weights made dense for each tile, cost more."""
+
+OFFLOAD_SHARE = 0.02
+"""What offloading costs of a layer's time where its copies hide behind the work, measured generously."""
+
+
+def widths(values: Mapping[str, Any], x: torch.Tensor) -> dict[str, float]:
+    """Bytes a token of every value of a traced run, and of its input."""
+    tokens = x.numel() // x.shape[-1]
+    return {name: _bytes(value) / tokens for name, value in {**values, INPUT: x}.items()}
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, (list, tuple)):
+        return sum(_bytes(item) for item in value)
+    return 0
+
+
+class Shape(NamedTuple):
+    """What a pass looks like to a layer."""
+
+    tokens: int
+    length: int
+
+
+class StageCost(NamedTuple):
+    """Of one stage: seconds of its forward, bytes it takes beside its values, seconds it repeats in its backward."""
+
+    seconds: float
+    workspace: int
+    hidden: float
+
+
+class Estimate:
+    """Costs of one program, for passes of one shape.
+
+    Args:
+        program: the layer's.
+        widths: bytes a token of each of its values.
+        shape: of the pass.
+    """
+
+    def __init__(self, program: Program, widths: Mapping[str, float], shape: Shape) -> None:
+        self.program = program
+        self.size = {name: int(width * shape.tokens) for name, width in widths.items()}
+        self.root = {name: stage.reads[0] for stage in program.stages if stage.views for name in stage.writes}  # type: ignore[attr-defined]
+        costs = [self._stage(stage, widths, shape) for stage in program.stages]
+        self.seconds = [cost.seconds for cost in costs]
+        self.workspace = [cost.workspace for cost in costs]
+        self.hidden = sum(cost.hidden for cost in costs)
+        self.tile_rows = max((stage.rows for stage in program.stages if isinstance(stage, Tiled)), default=0)
+
+    def _stage(self, stage: Any, widths: Mapping[str, float], shape: Shape) -> StageCost:
+        if isinstance(stage, Tiled):
+            tiles = -(-shape.tokens // stage.rows)
+            inside = {**widths, INPUT: widths[INPUT], OUTPUT: widths[INPUT]}
+            tile = Estimate(stage.program, inside, Shape(min(stage.rows, shape.tokens), shape.length))
+            once = tiles * sum(tile.seconds)
+            workspace = max(tile.backward_bytes(frozenset()), tile.forward_bytes())
+            return StageCost(once * (1 + TILE_SHARE), workspace, once * (1 + 3 * TILE_SHARE))
+        traffic = sum(self.size.get(name, 0) for name in (*stage.reads, *stage.writes)) * (not stage.views)
+        traffic += stage.traffic()
+        seconds = stage.flops(shape.tokens, shape.length, widths) / FLOPS + traffic / BYTES
+        return StageCost(seconds, stage.workspace(shape.tokens), 0.0)
+
+    def levels(self) -> tuple[Level, ...]:
+        """From keeping everything of use to keeping nothing, each step giving up what is cheapest to have again."""
+        kept, chain = self.program.savable, []
+        while True:
+            chain.append(kept)
+            if not kept:
+                break
+            kept = min((kept - {name} for name in sorted(kept)), key=lambda fewer: self._price(kept, fewer))
+        ways = [self.level(kept, offload) for kept in chain for offload in (False, True)]
+        return tuple(_worthwhile(ways))
+
+    def _price(self, kept: frozenset[str], fewer: frozenset[str]) -> tuple[float, str]:
+        """Seconds a byte saved; what saves nothing goes last."""
+        (name,) = kept - fewer
+        saved = self.held(kept) - self.held(fewer)
+        return ((self._again(fewer) - self._again(kept)) / saved if saved else float("inf")), name
+
+    def _again(self, kept: frozenset[str]) -> float:
+        """Seconds of the forward stages that backward runs again."""
+        return self.hidden + sum(
+            self.seconds[s.stage] for s in self.program.schedule(kept).backward if not s.is_backward
+        )
+
+    def level(self, kept: frozenset[str], offload: bool) -> Level:
+        """What it costs to keep ``kept``, the input in host memory where ``offload`` says so."""
+        x, seconds = self.size[INPUT], self._again(kept)
+        if offload:
+            once = sum(self.seconds)
+            seconds += OFFLOAD_SHARE * once + max(0.0, x / LINK_BYTES - once)
+        return Level(
+            name=self._name(kept, offload),
+            kept=kept,
+            offloaded=frozenset({INPUT}) if offload else frozenset(),
+            device_bytes=self.held(kept) + (0 if offload else x),
+            host_bytes=x if offload else 0,
+            seconds=seconds,
+            working_bytes=self.backward_bytes(kept) + (2 * x if offload else 0),
+            tile_rows=self.tile_rows,
+        )
+
+    def _name(self, kept: frozenset[str], offload: bool) -> str:
+        missing = sorted(name for name in self.program.savable - kept if "." not in name)
+        held = sorted(name for name in kept if "." not in name)
+        if not missing:
+            name = "keep"
+        elif not held:
+            name = "offload" if offload else "recompute"
+        elif len(held) <= len(missing):
+            name = f"keep {', '.join(held)}"
+        else:
+            name = f"keep all but {', '.join(missing)}"
+        name = f"{name}, MLP in tiles of {self.tile_rows:,}" if self.tile_rows else name
+        return f"{name}, offload" if offload and held else name
+
+    def held(self, names: Iterable[str]) -> int:
+        """Bytes of the memory that some values hold; views hold all of what they are views of."""
+        return sum(self.size.get(root, 0) for root in {self.root.get(name, name) for name in names})
+
+    def forward_bytes(self) -> int:
+        """Largest number of bytes in use while the layer runs forward and keeps nothing, its input apart."""
+        present: set[str] = set()
+        most = 0
+        for step in self.program.schedule(frozenset()).forward:
+            present |= set(self.program.forms[step.stage].writes)
+            most = max(most, self.held(present) + self.workspace[step.stage])
+            present -= set(step.frees)
+        return most
+
+    def backward_bytes(self, kept: frozenset[str]) -> int:
+        """Largest number of bytes in use while the layer runs backward, beyond its input and what was kept."""
+        present, before = set(kept), self.held(kept)
+        grads, most = {OUTPUT: self.size[INPUT]}, 0
+        for step in self.program.schedule(kept).backward:
+            form = self.program.forms[step.stage]
+            working = sum(grads.values()) + self.workspace[step.stage]
+            if step.is_backward:
+                new = {name: self.size[name] for name in form.reads if name in self.size}
+                overwritten = set(self.program.stages[step.stage].overwrites) & set(step.frees)  # type: ignore[attr-defined]
+                working += sum(size for name, size in new.items() if name not in overwritten)
+                grads = {name: size for name, size in grads.items() if name not in form.writes} | new
+            else:
+                present |= set(form.writes)
+            most = max(most, self.held(present) + working - before)
+            present -= set(step.frees)
+        return most
+
+
+def levels_of(estimates: Sequence[Estimate]) -> tuple[Level, ...]:
+    """The levels of one layer's programs together, those that are worth having."""
+    return tuple(_worthwhile([level for estimate in estimates for level in estimate.levels()]))
+
+
+def _worthwhile(levels: Sequence[Level]) -> list[Level]:
+    """Fastest first, each smaller in one way than every faster one: between the passes, or while it runs backward."""
+    best: list[Level] = []
+    for level in sorted(levels, key=lambda level: (level.seconds, level.device_bytes, level.working_bytes)):
+        if all(level.device_bytes < b.device_bytes or _at_work(level) < _at_work(b) for b in best):
+            best.append(level)
+    return best
+
+
+def _at_work(level: Level) -> int:
+    return level.device_bytes + level.working_bytes

@@ -1,0 +1,268 @@
+"""One plan a shape of pass, made when the first such pass arrives, and the layers' way to run by it."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from sloth_backend import plan as plans
+from sloth_backend.budget import device_budget, host_budget
+from sloth_backend.findings import Finding
+from sloth_backend.phases import find_session
+from sloth_backend.plan import Cached, Costs, Level, MemoryPlan
+from sloth_backend.run import Run
+from sloth_kernels.dense_cache import DenseCache
+from sloth_kernels.ops.linear_cross_entropy import LOGITS_BYTES, rows_per_chunk
+from sloth_plugins.kernel_patching.loss import limit_logits
+from sloth_plugins.layer_programs.assemble import LayerProgram
+from sloth_plugins.layer_programs.costs import BYTES, Estimate, Shape, levels_of
+from sloth_plugins.offloaded_checkpointing.ring import Handle, Kept
+from sloth_plugins.offloaded_checkpointing.seam import Rings
+
+CAPABILITY = "memory_plan"
+SETTLED = 6
+"""The pass before which the measured peak is looked at: gradients and optimizer state exist by then."""
+
+log = logging.getLogger("sloth_backend")
+
+
+class Layer:
+    """A layer's programs, the bytes a token of their values, and those of the weights that can be cached for it."""
+
+    def __init__(self, made: LayerProgram, widths: Mapping[str, float]) -> None:
+        self.programs = {0: made.program, **made.tiled}
+        self.widths, self.dense_bytes = widths, made.dense_bytes()
+        self.key = (made.program.forms, tuple(sorted(widths.items())), self.dense_bytes)
+
+    def estimates(self, shape: Shape) -> list[Estimate]:
+        """What its programs cost in a pass of ``shape``; those whose tiles would be longer than it are left out."""
+        fitting = [program for rows, program in self.programs.items() if rows < shape.tokens]
+        return [Estimate(program, self.widths, shape) for program in fitting]
+
+
+LOSS_TILES = (LOGITS_BYTES, LOGITS_BYTES // 4, LOGITS_BYTES // 8)
+"""Bytes of logits that the loss may hold at a time."""
+
+
+class Chosen(NamedTuple):
+    """A plan, what it was chosen from, and how the loss runs under it."""
+
+    plan: MemoryPlan
+    costs: Costs
+    loss_tile: int
+    loss_seconds: float
+
+    def seconds(self) -> float:
+        """Beyond the fastest there is: of layers, of the loss, and of weights that are not cached."""
+        cached = self.costs.cached
+        saved = sum(cached.seconds_per_layer[: self.plan.cached_layers]) if cached is not None else 0.0
+        return sum(level.seconds for level in self.plan.levels) + self.loss_seconds - saved
+
+
+class Passes:
+    """Runs the layers of one model, pass by pass.
+
+    Args:
+        model: the causal language model.
+        run: its options and device.
+        layers: its programs, in the order in which they run.
+        cache: where dense copies of quantised weights are kept.
+        rings: where offloaded inputs wait; None where nothing is offloaded.
+        given: a plan to follow for passes of every shape, its values named; None to plan for each shape.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Run,
+        layers: Sequence[Layer],
+        cache: DenseCache,
+        rings: Rings | None,
+        given: MemoryPlan | None = None,
+    ) -> None:
+        self.model = weakref.ref(model)
+        self.run, self.layers, self.cache, self.rings = run, list(layers), cache, rings
+        self.given = given
+        self.plans: dict[Shape, Chosen] = {}
+        self.shape: Shape | None = None
+        self.plan: MemoryPlan | None = None
+        self.last = -1
+        """The layer that ran last: a pass is over when one that is not above it runs."""
+        self.count = 0
+        self.fixed_bytes: int | None = None
+        self.limit: int | None = None
+
+    def run_layer(self, index: int, x: torch.Tensor, constants: Mapping[str, Any]) -> torch.Tensor:
+        """The output of layer ``index`` for its input (B, S, H)."""
+        programs = self.layers[index].programs
+        if not torch.is_grad_enabled():
+            return programs[0](x, constants)
+        if index <= self.last or self.plan is None:
+            self._begin(x)
+        self.last = index
+        assert self.plan is not None
+        level = self.plan.levels[index]
+        program = programs[level.tile_rows]
+        with self._offloading(level, index, x):
+            return program(x, constants, level.kept, self._tighten)
+
+    def planned(self, shape: Shape, device: torch.device) -> MemoryPlan:
+        """The plan for passes of ``shape``."""
+        if shape not in self.plans:
+            budget, layers = self._budget(device), self._costs(shape, device)
+            candidates = []
+            for tile in LOSS_TILES:
+                head, seconds = self._head(shape, tile)
+                costs = replace(layers, head_bytes=head)
+                if self.given is None:
+                    plan = plans.choose(costs, budget, self._host(), self._mode(device))
+                else:
+                    plan = self._follow(self.given, costs, shape, budget)
+                candidates.append(Chosen(plan, costs, tile, seconds))
+            self.plans[shape] = min(candidates, key=self._merit(device))
+        return self.plans[shape].plan
+
+    def _merit(self, device: torch.device) -> Callable[[Chosen], tuple[float, ...]]:
+        """What to choose by: the peak where memory is all that counts or not enough, else time."""
+        if self._mode(device) == "least":
+            return lambda chosen: (chosen.plan.predicted_peak_bytes, chosen.seconds())
+        return lambda chosen: (
+            not chosen.plan.fits,
+            chosen.seconds() if chosen.plan.fits else chosen.plan.predicted_peak_bytes,
+        )
+
+    def _follow(self, given: MemoryPlan, costs: Costs, shape: Shape, budget: int | None) -> MemoryPlan:
+        """The given plan with what it costs in a pass of ``shape``."""
+        known: dict[Any, Level] = {}
+        levels = []
+        for layer, level in zip(self.layers, given.levels, strict=True):
+            key = layer.key, level
+            if key not in known:
+                estimate = Estimate(layer.programs[0], layer.widths, shape)
+                known[key] = replace(estimate.level(level.kept, bool(level.offloaded)), name=level.name)
+            levels.append(known[key])
+        peak = plans.peak_bytes(levels, given.cached_layers, costs)
+        fits = budget is None or peak <= budget
+        return MemoryPlan(tuple(levels), given.cached_layers, peak, budget, fits, shape.tokens)
+
+    # A pass begins ----------------------------------------------------------------------------------------------
+
+    def _begin(self, x: torch.Tensor) -> None:
+        shape = Shape(x.shape[:-1].numel(), x.shape[-2])
+        first = shape not in self.plans
+        self.plan, self.shape = self.planned(shape, x.device), shape
+        self.cache.hold(self.plan.cached_layers)
+        limit_logits(self.plans[shape].loss_tile)
+        self.count += 1
+        if first and len(self.plans) == 1:
+            self._say(plans.planned(self.plan))
+        if self.count == SETTLED and x.is_cuda:
+            largest = max((c.plan for c in self.plans.values()), key=lambda plan: plan.predicted_peak_bytes)
+            self._say(plans.measured(largest, torch.cuda.max_memory_allocated(x.device)))
+
+    def _offloading(self, level: Level, index: int, x: torch.Tensor) -> Any:
+        """Saved-tensor hooks that hand the layer's input to a ring, where its level says so."""
+        if self.rings is None:
+            return nullcontext()
+        assert self.plan is not None
+        to_come = sum(bool(later.offloaded) for later in self.plan.levels[index:]) if level.offloaded else 0
+        if not any(other.offloaded for other in self.plan.levels):
+            return nullcontext()
+        handles = self.rings.save((x,), to_come)
+
+        def pack(tensor: torch.Tensor) -> Handle | Kept:
+            handle = handles.get(id(tensor))
+            return handle if handle is not None and handle.is_for(tensor) else Kept(tensor)
+
+        return saved_tensors_hooks(pack, lambda held: held.restore())
+
+    # What it costs ----------------------------------------------------------------------------------------------
+
+    def _costs(self, shape: Shape, device: torch.device) -> Costs:
+        known: dict[Any, tuple[tuple[Level, ...], int]] = {}
+        for layer in self.layers:
+            if layer.key not in known:
+                estimates = layer.estimates(shape)
+                known[layer.key] = levels_of(estimates), estimates[0].forward_bytes()
+        dense = tuple(layer.dense_bytes for layer in self.layers)
+        return Costs(
+            tokens=shape.tokens,
+            layers=tuple(known[layer.key][0] for layer in self.layers),
+            fixed_bytes=self._fixed(device),
+            head_bytes=0,
+            forward_bytes=max(forward for _, forward in known.values()),
+            # Made twice a pass from a quarter of their bytes, and written each time.
+            cached=Cached(dense, tuple(2 * 1.27 * size / BYTES for size in dense)) if any(dense) else None,
+        )
+
+    def _fixed(self, device: torch.device) -> int:
+        """What is on the device whatever the plan: as measured before the first pass, and what training will add."""
+        if self.fixed_bytes is None:
+            model = self.model()
+            trained = [p for p in model.parameters() if p.requires_grad] if model is not None else []
+            gradients = sum(p.nbytes for p in trained if p.grad is None)
+            state = int(sum(p.numel() for p in trained) * self.run.optimizer_bytes)
+            now = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+            self.fixed_bytes = now + gradients + state
+        return self.fixed_bytes
+
+    def _head(self, shape: Shape, tile: int) -> tuple[int, float]:
+        """Bytes of the last norm's output, what is made of it, and a tile of logits; seconds that small tiles cost."""
+        model: Any = self.model()
+        hidden = int(self.layers[-1].widths["x"] * shape.tokens)
+        head = model.get_output_embeddings() if model is not None else None
+        if head is None or head.weight.dim() != 2:
+            return 4 * hidden, 0.0
+        row = 2 * head.weight.shape[0]
+        rows = min(shape.tokens, rows_per_chunk(shape.tokens, row, tile))
+        # Each tile reads the whole head three times.
+        return 4 * hidden + rows * row, 3 * head.weight.nbytes / BYTES * (shape.tokens / rows - 1)
+
+    def _budget(self, device: torch.device) -> int | None:
+        budget = device_budget(device, self.run.config)
+        return budget if self.limit is None else min(self.limit, budget or self.limit)
+
+    def _host(self) -> int:
+        return host_budget() if self.rings is not None else 0
+
+    def _mode(self, device: torch.device) -> plans.Mode:
+        """Without a device whose memory is known, the host's own choice stands: it checkpoints, or it does not."""
+        mode = self.run.config.memory
+        if self.limit is not None:
+            return "auto"
+        if mode == "auto" and device.type != "cuda" and self.run.gradient_checkpointing:
+            return "least"
+        return mode
+
+    # Out of memory ----------------------------------------------------------------------------------------------
+
+    def _tighten(self) -> None:
+        """Plan the rest of the run with less; called when kept values had to be given up."""
+        if self.shape is None or self.plan is None:
+            return
+        chosen = self.plans[self.shape]
+        if chosen.plan is not self.plan:
+            return
+        tighter = chosen.plan.tighter(chosen.costs, self._host())
+        if tighter is None:
+            return
+        self.limit, self.given = tighter.budget_bytes, None
+        self.plans = {self.shape: chosen._replace(plan=tighter)}
+        words = f"out of memory: kept values were given up, from now on {plans.describe(tighter)}"
+        self._say(Finding("warned", "memory", words, CAPABILITY))
+
+    def _say(self, finding: Finding) -> None:
+        """Into the report, which is printed before this is known, and into the log."""
+        model = self.model()
+        session = find_session(model) if model is not None else None
+        if session is not None:
+            session.findings.append(replace(finding, plugin="layer_programs"))
+        log.log(logging.WARNING if finding.action == "warned" else logging.INFO, "%s", finding.reason)

@@ -1,0 +1,127 @@
+"""Does a program compute what its layer does? The model itself is asked, on a few tokens, before it is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sloth_kernels.program import OUTPUT, Program
+from sloth_plugins.layer_programs.layouts import effect_free
+
+ROWS, LENGTH = 2, 7
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest difference of what a layer adds to its input, relative to it, both as Frobenius norms: what roundings leave.
+The parts (norms, rotation, activation) have been matched to the bit; what is left to see here is how they are wired,
+and a wrong wire shows as a difference of the size of the result."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of a layer, as the model made it."""
+
+    hidden: torch.Tensor
+    kwargs: Mapping[str, Any]
+    output: Any
+    real: torch.Tensor
+    """(B, S) bool: the tokens that are no padding; what comes of the others is nobody's business."""
+
+
+def observe(model: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Module, list[Seen]] | str:
+    """Every layer's calls in two forward passes of a few tokens, the second with padding; a reason if that fails."""
+    seen: dict[nn.Module, list[Seen]] = {layer: [] for layer in layers}
+
+    masks: list[torch.Tensor] = []
+
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if len(args) == 1 or (not args and "hidden_states" in kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            seen[layer].append(
+                Seen(hidden, {k: v for k, v in kwargs.items() if k != "hidden_states"}, output, masks[-1])
+            )
+
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        with evaluating(model):
+            _run_decoder(model, masks)
+    except Exception as error:
+        return f"the model does not run on {LENGTH} tokens: {type(error).__name__}: {error}"
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _run_decoder(model: Any, masks: list[torch.Tensor]) -> None:
+    """Two passes; what is real of each goes to ``masks`` before it starts."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
+    device = model.get_input_embeddings().weight.device
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(ROWS * LENGTH, device=device).view(ROWS, LENGTH) * 7919 + 11) % vocabulary
+    padded = torch.ones_like(ids)
+    padded[0, :3] = 0
+    for mask in (None, padded):
+        masks.append((torch.ones_like(ids) if mask is None else mask).bool())
+        decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and every module back in its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def constants_of(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A program's constants from a layer's arguments; None where they ask for more than a program does."""
+    mask, angles = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+    if not effect_free(kwargs) or not (mask is None or isinstance(mask, torch.Tensor)):
+        return None
+    if angles is None:
+        return {"cos": None, "sin": None, "mask": mask}
+    if not isinstance(angles, tuple) or len(angles) != 2:
+        return None
+    return {"cos": angles[0], "sin": angles[1], "mask": mask}
+
+
+def disagreement(program: Program, seen: Sequence[Seen]) -> str:
+    """Why ``program`` does not stand for the layer that was ``seen``; the empty string if it does."""
+    if not seen:
+        return "the model did not call it with one positional argument"
+    for call in seen:
+        constants = constants_of(call.kwargs)
+        if constants is None:
+            return f"the model calls it with arguments that programs do not know: {', '.join(call.kwargs)}"
+        if not isinstance(call.output, torch.Tensor):
+            return f"it returns a {type(call.output).__name__}, not one tensor"
+        reason = _difference(lambda x, c=constants: program.trace(x, c)[OUTPUT], call)
+        if reason:
+            return reason
+    return ""
+
+
+def _difference(run: Callable[[torch.Tensor], torch.Tensor], call: Seen) -> str:
+    try:
+        with torch.no_grad():
+            mine = run(call.hidden)
+    except Exception as error:
+        return f"the program fails: {type(error).__name__}: {error}"
+    if call.output.dtype not in TOLERANCE:
+        return f"its hidden states are {call.output.dtype}"
+    if mine.dtype != call.output.dtype or mine.shape != call.output.shape:
+        return f"the program gives {mine.dtype} {tuple(mine.shape)}, not {call.output.dtype} {tuple(call.output.shape)}"
+    theirs, hidden, mine = (t.double()[call.real] for t in (call.output, call.hidden, mine))
+    rounding = torch.finfo(call.output.dtype).eps * theirs.norm()
+    allowed = TOLERANCE[call.output.dtype] * (theirs - hidden).norm() + rounding
+    off = (mine - theirs).norm()
+    return "" if off <= allowed else f"the program's result is {off:.1e} off, more than the {allowed:.1e} of roundings"
