@@ -26,14 +26,15 @@ export OMP_WAIT_POLICY = passive
 
 STEPS = ruff format imports types kernels suite
 
-.PHONY: help demo test lint gpu-test gpu-bench clean $(STEPS)
+.PHONY: help demo test lint gpu-test gpu-bench gpu-bench-ops gpu-bench-training clean $(STEPS)
 
 help:
 	@echo "make demo       train a small model through TRL with the backend on (ARGS=\"--steps 100\", ...)"
 	@echo "make test       linters, types and all tests that need no GPU"
 	@echo "make lint       linters and types only"
 	@echo "make gpu-test   the tests that need a CUDA GPU; VENV= uses the Python at hand"
-	@echo "make gpu-bench  time ops and offloading on a CUDA GPU, into docs/benchmarks; VENV= as above"
+	@echo "make gpu-bench  time ops, offloading and training on a CUDA GPU, into docs/benchmarks; VENV= as above"
+	@echo "                gpu-bench-ops or gpu-bench-training for one part, with its ARGS=\"--only full,ctx\""
 	@echo "make clean      remove the environment and everything that was built"
 
 demo: $(DEMO_ENV)
@@ -68,11 +69,14 @@ suite: $(TEST_ENV)
 gpu-test: $(TEST_ENV)
 	$(PY) -m pytest -m gpu integration_tests $(ARGS)
 
-gpu-bench: $(TEST_ENV)
+gpu-bench: gpu-bench-ops gpu-bench-training
+gpu-bench-ops: $(TEST_ENV)
 	$(PY) integration_tests/benchmarks/ops.py --out docs/benchmarks $(ARGS)
 	$(PY) integration_tests/benchmarks/offload.py > docs/benchmarks/offload.tmp
 	mv docs/benchmarks/offload.tmp docs/benchmarks/offload.json
 	$(PY) integration_tests/benchmarks/plot.py docs/benchmarks
+gpu-bench-training: $(TEST_ENV)
+	$(PY) -m integration_tests.benchmarks.training.run --out docs/benchmarks $(ARGS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c $(SUPPORTED) || { echo "Python 3.11 or newer is needed, $(PYTHON) is older or missing; say make PYTHON=..."; exit 1; }

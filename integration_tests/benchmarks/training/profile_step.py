@@ -1,0 +1,162 @@
+"""Where the time of one step goes on a CUDA GPU: kernel time by phase, forward and backward apart, and the idle share.
+
+Trains a contender until the clock has settled, traces one step (kernels only, so that the host is hardly slower), and
+writes DIR/profile-CONTENDER-WORKLOAD.json and .md. The step's time is that of a step beside it without the tracer.
+
+usage: python -m integration_tests.benchmarks.training.profile_step CONTENDER WORKLOAD --out DIR [--model FOLDER]
+           [--point 1x65536]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from integration_tests.benchmarks.training import kernel_phases, loading, run, workloads
+from integration_tests.benchmarks.training.contenders import CONTENDERS
+from integration_tests.benchmarks.training.measure import parse_points
+from integration_tests.benchmarks.training.workloads import Point
+
+WARMUP = 3
+STEPS = WARMUP + 2
+"""The last step but one is timed without the tracer, the last is traced."""
+
+
+class Tracer:
+    """Times the last step but one and traces the last; ``begin`` and ``end`` stand around every step."""
+
+    def __init__(self) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        from integration_tests.benchmarks.training.clock import wait
+
+        self.wait = wait
+        self.step = 0
+        self.start = 0.0
+        self.seconds = 0.0
+        activity = ProfilerActivity.CUDA if loading.device().type == "cuda" else ProfilerActivity.CPU
+        self.profiler: Any = profile(activities=[activity])
+
+    def begin(self) -> None:
+        """Before a step."""
+        self.wait()
+        self.start = time.perf_counter()
+        if self.step == STEPS - 1:
+            self.profiler.start()
+
+    def end(self) -> None:
+        """After it."""
+        self.wait()
+        if self.step == STEPS - 2:
+            self.seconds = time.perf_counter() - self.start
+        if self.step == STEPS - 1:
+            self.profiler.stop()
+        self.step += 1
+
+    def events(self) -> list[dict[str, Any]]:
+        """Of the traced step."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "trace.json"
+            self.profiler.export_chrome_trace(str(file))
+            return json.loads(file.read_text())["traceEvents"]
+
+
+def trace_trainer(name: str, workload: workloads.Workload, folder: Path, point: Point) -> Tracer:
+    """Through the contender's trainer."""
+    from transformers import TrainerCallback
+
+    from integration_tests.benchmarks.training import trainer_runs
+
+    tracer = Tracer()
+
+    class Around(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            tracer.begin()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            tracer.end()
+
+    trainer, _ = trainer_runs.make_trainer(CONTENDERS[name], workload, folder, point)
+    trainer.add_callback(Around())
+    trainer.train()
+    return tracer
+
+
+def trace_plain(name: str, workload: workloads.Workload, folder: Path, point: Point) -> Tracer:
+    """In the plain loop."""
+    from integration_tests.benchmarks.training import plain_runs
+
+    tracer = Tracer()
+    model = plain_runs.load(CONTENDERS[name], workload, folder)
+    ids = plain_runs.token_ids(point, model.config.vocab_size)
+    optimizer = plain_runs.make_optimizer(model, workload)
+    for _ in range(STEPS):
+        tracer.begin()
+        plain_runs.step(model, optimizer, ids)
+        tracer.end()
+    return tracer
+
+
+TRACES: dict[str, Callable[..., Tracer]] = {"trainer": trace_trainer, "plain": trace_plain}
+
+
+def name_kernels() -> None:
+    """Put the op's name before that of each of our kernels, which are called alike in several ops.
+
+    It counts for kernels that are compiled from then on, so ``main`` gives Triton an empty cache.
+    """
+    importlib.import_module("sloth_kernels.registry").load_ops()
+    jit_function = importlib.import_module("triton").JITFunction
+    modules = [module for name, module in sys.modules.items() if name.startswith("sloth_kernels.")]
+    for module in modules:
+        op = module.__name__.rpartition(".")[2]
+        for value in vars(module).values():
+            if isinstance(value, jit_function) and value.__module__ == module.__name__:
+                value._repr = lambda _, full=f"{op}{value.__name__}": full
+
+
+def main() -> None:
+    """Profile one step and write the sums."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("contender", choices=[name for name, c in CONTENDERS.items() if c.kind != "axolotl"])
+    parser.add_argument("workload", choices=workloads.WORKLOADS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="a folder that models.py wrote; written if left out")
+    parser.add_argument("--point", type=parse_points, help="batch x length; the workload's first without it")
+    options = parser.parse_args()
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="profile-step-")
+    loading.first_imports(CONTENDERS[options.contender].kind)
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU is visible to torch; the kernels' time is measured on one")
+    workload = workloads.get(options.workload, steps=STEPS)
+    point = options.point[0] if options.point else workload.points[0]
+    folder = options.model or run.ensure_model(run.Settings(), workload)
+    loading.imitate_card(CONTENDERS[options.contender].card_gib)
+    if CONTENDERS[options.contender].ours:
+        name_kernels()
+    tracer = TRACES[workload.loop](options.contender, workload, folder, point)
+    write(options.out, f"profile-{options.contender}-{options.workload}", tracer)
+
+
+def write(folder: Path, name: str, tracer: Tracer) -> None:
+    """The sums as JSON and as a table."""
+    sums = kernel_phases.summarise(tracer.events(), tracer.seconds * 1e6)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(sums, indent=1) + "\n")
+    text = f"# Where one step goes: {name.removeprefix('profile-')}\n\n{kernel_phases.table(sums)}"
+    (folder / f"{name}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

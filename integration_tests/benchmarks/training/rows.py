@@ -1,0 +1,62 @@
+"""What every contender must share for its losses to be comparable: the token ids, and the adapters' first weights."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import zlib
+from typing import Any
+
+import torch
+
+from integration_tests.benchmarks.training.workloads import Point, Workload
+
+FIRST_ID, LAST_ID = 3, 100_000
+"""Random ids, above the special tokens."""
+ADAPTER = re.compile(r"layers\.\d+\..*\.lora_([AB])\b.*weight$")
+
+
+def lengths(workload: Workload, point: Point, count: int) -> list[int]:
+    """The lengths of ``count`` rows in tokens, the same at each call."""
+    if workload.lengths == "equal":
+        return [point[1]] * count
+    source = random.Random(0)
+    return [min(point[1], max(24, int(source.lognormvariate(4.55, 0.55)))) for _ in range(count)]
+
+
+def token_rows(workload: Workload, point: Point, vocab: int) -> list[list[int]]:
+    """The rows of all steps, in the order of training."""
+    source = torch.Generator().manual_seed(0)
+    count = point[0] * workload.accumulation * workload.steps
+    last = min(vocab, LAST_ID)
+    sizes = lengths(workload, point, count)
+    return [torch.randint(FIRST_ID, last, (size,), generator=source).tolist() for size in sizes]
+
+
+def tokens_per_step(workload: Workload, point: Point) -> float:
+    """Tokens of a step, padding not counted, on average."""
+    count = point[0] * workload.accumulation * workload.steps
+    return sum(lengths(workload, point, count)) / workload.steps
+
+
+@torch.no_grad()
+def start_adapters(model: Any) -> int:
+    """Set every LoRA A to values that depend on its name alone and every B to zero; returns how many were set.
+
+    PEFT draws A from the global generator, whose state at that moment differs between contenders. The distribution is
+    PEFT's: uniform within 1 / sqrt(in_features).
+    """
+    count = 0
+    for name, parameter in model.named_parameters():
+        found = ADAPTER.search(name)
+        if not found:
+            continue
+        count += 1
+        if found[1] == "B":
+            parameter.zero_()
+            continue
+        source = torch.Generator().manual_seed(zlib.crc32(found[0].replace(".default", "").encode()))
+        bound = 1 / math.sqrt(parameter.shape[1])
+        parameter.copy_((torch.rand(parameter.shape, generator=source) * 2 - 1) * bound)
+    return count

@@ -1,0 +1,223 @@
+"""The training benchmark end to end on a CPU: tiny models, stock and ours, judged and reported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from integration_tests.benchmarks.training import (
+    contenders,
+    judge,
+    measure,
+    models,
+    profile_step,
+    report,
+    results,
+    rows,
+    run,
+)
+from integration_tests.benchmarks.training import workloads as work
+
+TRAINED = ("full", "finetune", "ctx")
+
+
+def in_this_process(job: run.Job, settings: run.Settings) -> list[results.Result]:
+    """``run.launch`` without the seconds that a child takes to import."""
+    folder = run.ensure_model(settings, work.get(job.workload))
+    found = measure.measure(job.contender, job.workload, folder, list(job.points), settings.tiny, settings.steps)
+    return [{**result, "round": job.round} for result in found]
+
+
+def arguments(out: Path, models_in: Path, *others: str) -> list[str]:
+    scale = ["--scale", "tiny", "--steps", "2", "--rounds", "1", "--only", ",".join(TRAINED)]
+    return ["--out", str(out), "--work", str(models_in), *scale, "--contenders", "stock,sloth", *others]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in TRAINED:
+        workload = work.get(name)
+        target = folder / models.folder_name(workload.model, workload.nf4, tiny=True)
+        if not models.is_written(target):
+            models.write(workload.model, target, workload.nf4, tiny=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished suite."""
+    out = tmp_path_factory.mktemp("suite")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "launch", in_this_process)
+        assert run.main(arguments(out, written)) == 0
+    return out
+
+
+@pytest.fixture
+def copied(measured: Path, tmp_path: Path) -> Path:
+    """One's own copy of it, to spoil."""
+    return Path(shutil.copytree(measured, tmp_path / "suite"))
+
+
+def test_every_point_is_a_result(measured: Path) -> None:
+    found = results.load(measured)["results"]
+    points = {name: work.get(name, tiny=True).points for name in TRAINED}
+    assert len(found) == 2 * sum(map(len, points.values()))
+    for result in found:
+        assert result["status"] == "ok", result
+        assert len(result["losses"]) == len(result["all_seconds"]) == 2
+        assert result["step_seconds"] == result["all_seconds"][-1] > 0
+        assert result["versions"]["torch"] == torch.__version__
+    assert any("rms_norm" in line for r in found if r["contender"] == "sloth" for line in r["findings"])
+
+
+def test_tokens_per_second_count_every_micro_batch(measured: Path) -> None:
+    (result, *_) = [r for r in results.load(measured)["results"] if r["workload"] == "full"]
+    assert result["tokens_per_second"] == pytest.approx(2 * 2 * 64 / result["step_seconds"], rel=1e-3)
+
+
+def test_losses_are_stock_s(measured: Path) -> None:
+    verdicts = judge.judge_losses(results.load(measured))
+    assert {verdict.verdict for verdict in verdicts} == {"equal"}
+    assert {verdict.reference for verdict in verdicts} == {"stock"}
+
+
+def test_a_planted_wrong_loss_fails_the_suite(copied: Path) -> None:
+    suite = results.load(copied)
+    planted = next(result for result in suite["results"] if result["contender"] == "sloth")
+    planted["losses"][1] += 0.05
+    results.save(copied, suite)
+    assert run.finish(copied) == 1
+    assert "differs" in (copied / report.PAGE).read_text()
+
+
+def test_the_page_and_its_pictures(measured: Path) -> None:
+    page = (measured / report.PAGE).read_text()
+    for expected in (
+        "## full: batch 2 x 4",
+        "## finetune",
+        "## ctx",
+        "| sloth_backend |",
+        "not measured",
+        "## Versions",
+    ):
+        assert expected in page
+    for picture in ("training.png", "training-length.png"):
+        assert f"({picture})" in page
+        assert (measured / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_call_repeats_nothing_and_keeps_the_file(
+    copied: Path, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "launch", lambda job, settings: pytest.fail(f"{job} was run again"))
+    before = results.load(copied)["results"]
+    assert run.main(arguments(copied, written)) == 0
+    assert results.load(copied)["results"] == before
+
+
+def test_a_failed_run_is_tried_again_and_the_others_are_kept(
+    copied: Path, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = results.load(copied)
+    suite["results"][0]["status"] = "timeout"
+    results.save(copied, suite)
+    asked: list[run.Job] = []
+    monkeypatch.setattr(run, "launch", lambda job, settings: asked.append(job) or in_this_process(job, settings))
+    run.main(arguments(copied, written))
+    assert [(job.workload, job.contender) for job in asked] == [("full", "stock")]
+    assert len(results.load(copied)["results"]) == len(suite["results"])
+
+
+def test_a_child_measures_and_one_that_takes_too_long_is_ended(written: Path) -> None:
+    job = run.Job("ctx", "stock", 3, ((1, 64),))
+    (good,) = run.launch(job, run.Settings(written, tiny=True, steps=2))
+    assert (good["status"], good["round"], len(good["losses"])) == ("ok", 3, 2)
+    (late,) = run.launch(job, run.Settings(written, tiny=True, timeout=0.2))
+    assert (late["status"], late["batch"], late["length"]) == ("timeout", 1, 64)
+
+
+def test_what_a_child_finished_counts_however_it_ends() -> None:
+    job = run.Job("ctx", "stock", 0, ((1, 4096), (1, 8192)))
+    done = {"workload": "ctx", "contender": "stock", "batch": 1, "length": 4096, "status": "ok"}
+    log = f"noise\n{measure.MARK}{json.dumps(done)}\ntorch.OutOfMemoryError: CUDA out of memory"
+    assert [(r["length"], r["status"]) for r in run.collect(job, log, "ended with 1")] == [(4096, "ok"), (8192, "oom")]
+    assert [r["status"] for r in run.collect(job, "", "ended with -9")] == ["error", "error"]
+
+
+def test_contenders_are_interleaved_and_the_truth_runs_once() -> None:
+    who = ["stock", "stock-fp32", "sloth"]
+    order = [(j.workload, j.round, j.contender) for j in run.jobs({"results": []}, ["full", "ctx"], who, 2, False)]
+    assert order[:5] == [("full", 0, name) for name in who] + [("full", 1, "stock"), ("full", 1, "sloth")]
+    assert ("ctx", 0, "stock-fp32") not in order
+
+
+def test_what_is_not_installed_is_said(tmp_path: Path) -> None:
+    assert run.split_absent(["unsloth"], {}) == ([], {"unsloth": "unsloth is not installed"})
+    (tmp_path / "unsloth").mkdir()
+    (tmp_path / "unsloth" / "__init__.py").touch()
+    assert run.split_absent(["unsloth"], {"unsloth": str(tmp_path)}) == (["unsloth"], {})
+
+
+@pytest.mark.parametrize("parse", [work.names, contenders.names])
+def test_unknown_names_are_refused_with_the_known_ones(parse: object) -> None:
+    with pytest.raises(ValueError, match=r"unknown (workload|contender) '?fulll"):
+        parse("fulll")  # type: ignore[operator]
+
+
+def test_adapters_start_alike_whatever_the_generator_says(written: Path) -> None:
+    from peft import get_peft_model
+
+    from integration_tests.benchmarks.training import loading
+
+    def adapters(seed: int) -> dict[str, torch.Tensor]:
+        folder = written / models.folder_name("llama-1b", False, True)
+        torch.manual_seed(seed)
+        model = get_peft_model(loading.base_model(contenders.CONTENDERS["stock"], folder), loading.lora_config(4))
+        assert rows.start_adapters(model) == 2 * 2 * 7
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    first, second = adapters(0), adapters(1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    values = [tensor for name, tensor in first.items() if "lora_A" in name]
+    assert not torch.equal(values[0], values[1])
+    assert all(not tensor.any() for name, tensor in first.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("name", models.SHAPES)
+def test_every_shape_is_a_model_of_transformers(name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for tiny in (False, True):
+        config = models.shape(name, tiny).config()
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        assert model.get_input_embeddings().weight.shape == (config.vocab_size, config.hidden_size)
+
+
+@pytest.mark.parametrize("name", ["full", "ctx"])
+def test_a_profile_traces_one_step(name: str, written: Path, tmp_path: Path) -> None:
+    """Without a GPU there is no kernel to see, so the GPU idles for the whole of the step that was timed."""
+    workload = work.get(name, tiny=True, steps=profile_step.STEPS)
+    folder = written / models.folder_name(workload.model, workload.nf4, tiny=True)
+    tracer = profile_step.TRACES[workload.loop]("stock", workload, folder, workload.points[0])
+    assert tracer.step == profile_step.STEPS
+    profile_step.write(tmp_path, "profile-stock", tracer)
+    sums = json.loads((tmp_path / "profile-stock.json").read_text())
+    assert sums["step_seconds"] == pytest.approx(tracer.seconds)
+    assert tracer.seconds > 0
+    assert (sums["idle_share"], sums["launches"]) == (1, 0)
+    assert "| phase |" in (tmp_path / "profile-stock.md").read_text()
+
+
+def test_alpaca_s_lengths() -> None:
+    workload = work.get("alpaca")
+    sizes = rows.lengths(workload, (2, 2048), 2000)
+    assert sorted(sizes)[1000] == pytest.approx(95, abs=6)
+    assert [len(row) for row in rows.token_rows(workload, (2, 2048), 128256)] == sizes[:48]
