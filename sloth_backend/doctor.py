@@ -210,7 +210,7 @@ def _op(op: Op, plugin: str) -> Line:
 
     device, dtype = _where()
     kernels = runs_triton(torch.empty(1, device=device, dtype=dtype))
-    how = f"Triton, {dtype}".replace("torch.", "") if kernels else "torch reference, for want of a CUDA device"
+    how = _how(op, dtype) if kernels else "torch reference, for want of a CUDA device"
     try:
         distance = _distance(op, dtype, device)
     except Exception as error:
@@ -218,6 +218,12 @@ def _op(op: Op, plugin: str) -> Line:
     fits = distance <= 4 * op.tolerance[dtype]
     verdict = "agrees with its reference" if fits else f"is off its reference by {distance:.1e} of the largest value"
     return Line(op.name, "ok" if fits else "problem", f"{how}, from {plugin}: {verdict}")
+
+
+def _how(op: Op, dtype: torch.dtype) -> str:
+    """What runs the op where kernels can run."""
+    engine = "Triton" if op.launches else "torch and the kernels of other ops"
+    return f"{engine}, {dtype}".replace("torch.", "")
 
 
 def _where() -> tuple[torch.device, torch.dtype]:

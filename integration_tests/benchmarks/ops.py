@@ -148,6 +148,8 @@ def directions(fn: Function, call: numbers.Call, upstream: list[torch.Tensor], t
 
     if timing.flops:
         return {"both": lambda: torch.autograd.grad(forward(), inputs, upstream)}
+    if not inputs:
+        return {"forward": lambda: fn(*args, **kwargs)}
     outputs = forward()
     return {
         "forward": forward,
@@ -190,7 +192,8 @@ def measure_host(op: Op, name: str, fn: Function, calls: int = 300) -> Row:
         start = time.perf_counter()
         for _ in range(times):
             outputs = [output for output in numbers.as_tuple(fn(*args, **kwargs)) if output.requires_grad]
-            torch.autograd.grad(outputs, inputs, upstream)
+            if inputs:
+                torch.autograd.grad(outputs, inputs, upstream)
         torch.cuda.synchronize()
         return time.perf_counter() - start
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from importlib.metadata import PackageNotFoundError
 from typing import Any
@@ -95,6 +96,16 @@ def test_ops_are_tried_and_owners_named() -> None:
     ((found, owner),) = doctor._owners(manager, "sloth_ops")
     good = doctor._op(found, owner)
     assert (good.state, "from doubling: agrees with its reference" in good.detail) == ("ok", True)
+
+
+@pytest.mark.parametrize(("launches", "engine"), [(True, "Triton, float32"), (False, "torch and the kernels of other")])
+def test_only_ops_that_launch_kernels_are_called_triton(
+    launches: bool, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sloth_kernels.launch.runs_triton", lambda tensor: True)
+    found = doctor._op(dataclasses.replace(op(lambda x: x + x), launches=launches), "doubling")
+    assert found.state == "ok"
+    assert found.detail.startswith(engine)
 
 
 @pytest.mark.parametrize(
