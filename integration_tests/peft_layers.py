@@ -115,8 +115,16 @@ def _in_float64(model: Siblings, leaves: Sequence[torch.Tensor]) -> list[LoraLin
     ]
 
 
+DIRECT = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+"""How far ours may be from stock itself, relative to the largest entry: both round, stock after each term."""
+
+
 def compare_with_peft(model: Siblings, x: torch.Tensor, tolerance: float, autocast: torch.dtype | None = None) -> None:
-    """The reference equals PEFT to the bit; ours obeys the numbers rule beside PEFT, in outputs and gradients."""
+    """The reference equals PEFT to the bit; ours obeys the numbers rule beside PEFT, in outputs and gradients.
+
+    CUDA's dropout draws other masks in other dtypes, so there is no truth in float64 for it: there, ours is compared
+    with PEFT under the same seed, within ``DIRECT``.
+    """
 
     def run(fn: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
         def call(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -129,18 +137,30 @@ def compare_with_peft(model: Siblings, x: torch.Tensor, tolerance: float, autoca
     call = ((x, *_parameters(model)), {})
     stock, upstream = run(model), numbers.random_upstream(run(model), call)
     peft = numbers.evaluate(stock, call, upstream)
-    reference = numbers.evaluate(run(lambda x: lora.reference(x, linears_of(model))), call, upstream)
     ours = numbers.evaluate(run(lambda x: lora.lora_linears(x, linears_of(model))), call, upstream)
+    numbers.assert_same_form(ours, peft)
+    if x.device.type == "cpu":
+        reference = numbers.evaluate(run(lambda x: lora.reference(x, linears_of(model))), call, upstream)
+        for (name, a), (_, b) in zip(reference.tensors(), peft.tensors(), strict=True):
+            if name != "gradient of argument 0":  # siblings' terms add up in another order
+                assert torch.equal(a, b), name
+    if x.device.type != "cpu" and _drops(model):
+        found = numbers.errors(ours, peft, peft, DIRECT[autocast or x.dtype])
+    else:
+        found = numbers.errors(ours, peft, truth_of(model, call, upstream), tolerance)
+    broken = [str(error) for error in found if not error.holds]
+    assert not broken, "\n".join(broken)
+
+
+def _drops(model: Siblings) -> bool:
+    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+def truth_of(model: Siblings, call: numbers.Call, upstream: Sequence[torch.Tensor]) -> numbers.Evaluation:
+    """The same in float64; ``call`` has x and the adapters' parameters."""
 
     def in_float64(x: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         torch.manual_seed(3)
         return lora.reference(x, _in_float64(model, leaves))
 
-    truth = numbers.evaluate(in_float64, numbers.in_float64(call), upstream)
-    numbers.assert_same_form(ours, peft)
-    if x.device.type == "cpu":
-        for (name, a), (_, b) in zip(reference.tensors(), peft.tensors(), strict=True):
-            if name != "gradient of argument 0":  # siblings' terms add up in another order
-                assert torch.equal(a, b), name
-    broken = [str(error) for error in numbers.errors(ours, peft, truth, tolerance) if not error.holds]
-    assert not broken, "\n".join(broken)
+    return numbers.evaluate(in_float64, numbers.in_float64(call), upstream)

@@ -21,6 +21,9 @@ CONTEXT_BYTES = 6 * GIB // 10
 SPARE_SHARE, SPARE_MOST_BYTES = 0.05, 2 * GIB
 """What is left of the device for fragmentation and errors of the prediction: this share of it, at most this much."""
 
+HOST_SHARE = 0.5
+"""Of what the host has left, the most that is pinned: data loaders, the page cache and checkpoints need the rest."""
+
 HOST_RESERVE_BYTES = GIB
 """Host memory that is always left to everyone else."""
 
@@ -92,7 +95,8 @@ def host_budget(available: Callable[[], int | None] | None = None) -> int:
     The processes of a machine (``LOCAL_WORLD_SIZE``, as torchrun and accelerate set it) share what is available.
     """
     left = (available or available_bytes)() or 0
-    return max(0, left - HOST_RESERVE_BYTES) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    usable = int(max(0, left - HOST_RESERVE_BYTES) * HOST_SHARE)
+    return usable // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

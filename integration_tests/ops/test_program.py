@@ -17,7 +17,7 @@ from sloth_kernels.frozen_weight import DenseWeight, Weight4bit
 from sloth_kernels.linears import Linears
 from sloth_kernels.ops import attention, glu, rms_norm, rope
 from sloth_kernels.ops.attention import AttentionSpec
-from sloth_kernels.program import Program
+from sloth_kernels.program import Here, Park, Program
 from sloth_kernels.stages import Attention, Glu, Norm, Residual, Rope, Split
 from sloth_kernels.tiles import Tiled
 
@@ -27,7 +27,8 @@ B, S, H, HEADS, KV, D, WIDE, R = 2, 5, 12, 3, 1, 4, 20, 2
 class Layer:
     """A pre-norm layer with adapters, all in float64, as a program and as plain torch."""
 
-    def __init__(self, fused: bool = False, trained_weights: bool = False) -> None:
+    def __init__(self, fused: bool = False, trained_weights: bool = False, scale: float = 0.7) -> None:
+        self.scale = scale
         self.generator = torch.Generator().manual_seed(0)
         self.norms = [self.randn(H).requires_grad_(trained_weights) for _ in range(2)]
         shapes = (
@@ -72,15 +73,19 @@ class Layer:
             *qkv,
             Rope("q0", "k0", "q", "k", D, "half", rope.OP),
             Attention("q", "k", "v", "a", D, self.spec),
-            Linears("a", ["o"], read("o")),
-            Residual("x", "o", "x2", 0.7),
+            *self.branch("a", "o", read("o"), "x", "x2"),
             Norm("x2", "n2", lambda: norm2, 1e-6, "scale_cast_plus_one", rms_norm.OP),
             Linears("n2", ["gate", "up"], read("gate", "up")),
             Glu("gate", "up", "h", "silu", glu.OP),
-            Linears("h", ["m"], read("down")),
-            Residual("x2", "m", "y", 0.7),
+            *self.branch("h", "m", read("down"), "x2", "y"),
         ]
         return Program(stages, ("cos", "sin", "mask"))
+
+    def branch(self, x: str, y: str, read: Any, residual: str, total: str) -> list[Any]:
+        """A branch's last linear and the sum, which is part of its product where nothing is scaled."""
+        if self.scale == 1.0:
+            return [Linears(x, [total], read, residual=residual)]
+        return [Linears(x, [y], read), Residual(residual, y, total, self.scale)]
 
     def truth(self) -> torch.Tensor:
         def call(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -94,9 +99,9 @@ class Layer:
         q, k, v = (part.unflatten(-1, (-1, D)).transpose(1, 2) for part in parts)
         q, k = rope.reference(q, k, self.constants["cos"], self.constants["sin"], "half", 1)
         a = attention.reference(q, k, v, None, None, spec=self.spec)
-        x2 = x + 0.7 * call("o", a.transpose(1, 2).flatten(2))
+        x2 = x + self.scale * call("o", a.transpose(1, 2).flatten(2))
         n = rms_norm.reference(x2, norm2, 1e-6, "scale_cast_plus_one")
-        return x2 + 0.7 * call("down", F.silu(call("gate", n)) * call("up", n))
+        return x2 + self.scale * call("down", F.silu(call("gate", n)) * call("up", n))
 
 
 def gradients(y: torch.Tensor, layer: Layer) -> list[torch.Tensor]:
@@ -117,10 +122,11 @@ KEPT_SETS = [
 ]
 
 
+@pytest.mark.parametrize("scale", [0.7, 1.0])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
-def test_every_gradient_whatever_is_kept(fused: bool, trained: bool) -> None:
-    layer = Layer(fused, trained)
+def test_every_gradient_whatever_is_kept(fused: bool, trained: bool, scale: float) -> None:
+    layer = Layer(fused, trained, scale)
     program, true = layer.program(), gradients(layer.truth(), layer)
     torch.testing.assert_close(program(layer.x, layer.constants), layer.truth())
     for kept in [None, *KEPT_SETS]:
@@ -159,6 +165,34 @@ def test_backward_again_recomputes_what_the_first_let_go_of() -> None:
     assert_same(list(torch.autograd.grad(y, inputs, dy)), list(first))
 
 
+class Elsewhere:
+    """Parked values in a list; the order in which they come back is noted."""
+
+    def __init__(self) -> None:
+        self.returned: list[torch.Size] = []
+
+    def put(self, value: torch.Tensor) -> Any:
+        copy = value.clone()
+
+        def restore() -> torch.Tensor:
+            self.returned.append(copy.shape)
+            return copy
+
+        return Here(restore)
+
+
+@pytest.mark.parametrize("parked", [{"x2"}, {"a", "x2"}, {"gate", "up", "q", "k", "v", "a", "x2", "n1", "n2", "h"}])
+def test_parked_values_come_back_when_they_are_needed(parked: set[str]) -> None:
+    layer, elsewhere = Layer(), Elsewhere()
+    program, true = layer.program(), gradients(layer.truth(), layer)
+    names = frozenset(parked)
+    kept = names | {"a.extras", "q0.t", "gate.t"}
+    y = program(layer.x, layer.constants, kept, None, Park(names, elsewhere.put))
+    assert not elsewhere.returned
+    assert_same(gradients(y, layer), true)
+    assert len(elsewhere.returned) == len(names)
+
+
 def test_frozen_input_needs_no_gradient() -> None:
     layer = Layer()
     true = gradients(layer.truth(), layer)[1:]
@@ -184,9 +218,9 @@ def test_a_stage_that_reads_what_nobody_writes_is_refused() -> None:
 class Layer4bit(Layer):
     """The same over 4-bit weights, in float32, whose dense matrices may be kept."""
 
-    def __init__(self, keeps: bool, bias: bool = True) -> None:
+    def __init__(self, keeps: bool, bias: bool = True, scale: float = 0.7) -> None:
         self.keeps, self.bias = keeps, bias
-        super().__init__()
+        super().__init__(scale=scale)
 
     def randn(self, *shape: int) -> torch.Tensor:
         return super().randn(*shape).float()
@@ -216,10 +250,11 @@ class Layer4bit(Layer):
         return program
 
 
+@pytest.mark.parametrize("scale", [0.7, 1.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_kept_dense_weights_change_nothing(bias: bool) -> None:
+def test_kept_dense_weights_change_nothing(bias: bool, scale: float) -> None:
     """Beside rounding: one product takes the place of two."""
-    layer, apart = Layer4bit(keeps=True, bias=bias), Layer4bit(keeps=False, bias=bias)
+    layer, apart = Layer4bit(True, bias, scale), Layer4bit(False, bias, scale)
     y, true = layer.program()(layer.x, layer.constants), apart.truth()
     torch.testing.assert_close(y, true, rtol=1e-4, atol=5e-5)
     for mine, theirs in zip(gradients(y, layer), gradients(true, apart), strict=True):

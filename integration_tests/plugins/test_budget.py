@@ -57,9 +57,9 @@ def test_other_devices_have_no_limit() -> None:
 def test_the_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     left = HOST_RESERVE_BYTES + 8 * GIB
-    assert host_budget(lambda: left) == 8 * GIB
+    assert host_budget(lambda: left) == 4 * GIB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert host_budget(lambda: left) == 2 * GIB
+    assert host_budget(lambda: left) == GIB
     assert host_budget(lambda: HOST_RESERVE_BYTES // 2) == 0
     assert host_budget(lambda: None) == 0
 

@@ -35,7 +35,7 @@ def _logits(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _row_kernel(
+def _cross_entropy_row_kernel(
     x_ptr,
     label_ptr,
     stats_ptr,
@@ -114,7 +114,7 @@ def triton_rows(
     rows, vocab = x_CV.shape
     block = min(BLOCK_V, next_power_of_2(vocab))
     with on_device_of(x_CV):
-        _row_kernel[(rows,)](
+        _cross_entropy_row_kernel[(rows,)](
             *(x_CV, labels_C, stats_3C, vocab, x_CV.stride(0), stats_3C.stride(0), scale, softcap or 1.0),
             HAS_SOFTCAP=softcap is not None,
             WRITE_GRAD=write_grad,

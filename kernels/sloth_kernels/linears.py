@@ -16,7 +16,7 @@ from sloth_kernels.adapters import LoraLinear, Operands, Plan, flattened, operan
 from sloth_kernels.dense_cache import DenseGroup
 from sloth_kernels.frozen_weight import Weight4bit
 from sloth_kernels.ops import lora
-from sloth_kernels.products import product, rows, split, stacked
+from sloth_kernels.products import in_dtype, product, rows, split, stacked
 from sloth_kernels.stages import Grads, LowRankSum, NamedStage, plus
 
 DENSE_TRAFFIC = 1.27
@@ -30,13 +30,19 @@ class Linears(NamedStage):
         x, ys: names of values.
         read: the linears as they are now.
         group: where their dense weights may be kept.
+        residual: a value that is added to the result; for a single linear.
     """
 
     def __init__(
-        self, x: str, ys: Sequence[str], read: Callable[[], Sequence[LoraLinear]], group: DenseGroup | None = None
+        self,
+        x: str,
+        ys: Sequence[str],
+        read: Callable[[], Sequence[LoraLinear]],
+        group: DenseGroup | None = None,
+        residual: str | None = None,
     ) -> None:
         inner = f"{ys[0]}.t"
-        super().__init__((x,), (*ys, inner), (x, inner))
+        super().__init__((x,) if residual is None else (x, residual), (*ys, inner), (x, inner))
         self.read, self.group = read, group or DenseGroup()
         self.leaves_sum = False
         """Whether the stage that made x takes a ``LowRankSum`` for the gradient of it."""
@@ -73,13 +79,16 @@ class BoundLinears:
         self.by_kind = operands_of(linears)
         self.operands = flattened(self.by_kind)
         self.draws: Any = None
+        self.residual_dtype = torch.float32
 
-    def forward(self, x: torch.Tensor) -> tuple[Any, ...]:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[Any, ...]:
         plan = plan_of(self.linears, x.shape, x.dtype, self.autocast)
+        if residual is not None:
+            self.residual_dtype = residual.dtype
         if self._joins(plan, x.dtype):
-            return self._forward_joined(x, plan, self.stage.group.weights(self.linears, x.dtype))
+            return self._forward_joined(x, self.stage.group.weights(self.linears, x.dtype), residual)
         ys, banks_t, self.draws = lora.forward(x, plan, self.by_kind, self.draws)
-        return (*ys, banks_t)
+        return (*ys, banks_t) if residual is None else (residual + ys[0], banks_t)
 
     def drops(self) -> bool:
         """Whether an adapter draws dropout masks."""
@@ -92,36 +101,46 @@ class BoundLinears:
         dtypes = {bank.dtype for bank in plan.banks} | set(plan.sum_dtypes) | {d for pair in plan.dtypes for d in pair}
         return dtypes == {dtype} and all(isinstance(linear.weight, Weight4bit) for linear in self.linears)
 
-    def _forward_joined(self, x: torch.Tensor, plan: Plan, weights: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    def _forward_joined(
+        self, x: torch.Tensor, weights: Sequence[torch.Tensor], residual: torch.Tensor | None
+    ) -> tuple[Any, ...]:
         x_TK, t_TR = rows(x), _inner(x, self.by_kind.As)
         joined_x = _beside(x_TK, t_TR, weights[0].shape[1])
+        # A product adds one matrix for free: a residual of its dtype, where no bias takes the place.
+        taken = residual is not None and self.by_kind.biases[0] is None and residual.dtype == x.dtype
+        addend = rows(residual) if residual is not None and taken else None
         ys = []
         for weight, bias_N in zip(weights, self.by_kind.biases, strict=True):
-            if joined_x is not None:
-                y = torch.mm(joined_x, weight.t()) if bias_N is None else torch.addmm(bias_N, joined_x, weight.t())
+            first = bias_N if addend is None else addend
+            if joined_x is None:
+                y = _apart(x_TK, t_TR, weight, bias_N, addend)
             else:
-                y = _apart(x_TK, t_TR, weight, bias_N)
+                y = torch.mm(joined_x, weight.t()) if first is None else torch.addmm(first, joined_x, weight.t())
             ys.append(y.view(*x.shape[:-1], len(weight)))
-        return (*ys, [t_TR])
+        return (*ys, [t_TR]) if residual is None or taken else (residual + ys[0], [t_TR])
 
     def backward(
         self, values: Mapping[str, Any], dys: Sequence[Any], dxs: Sequence[Any], wants: Sequence[bool]
     ) -> Grads:
         x, banks_t = (values[name] for name in self.stage.needs)
         plan = plan_of(self.linears, x.shape, x.dtype, self.autocast)
-        needs = Operands.of(plan, list(wants[1:]))
+        reads = len(self.stage.reads)
+        needs = Operands.of(plan, list(wants[reads:]))
+        pairs = zip(dys, plan.dtypes, strict=False)
+        own = [None if dy is None else in_dtype(dy, y_dtype) for dy, (_, y_dtype) in pairs]
+        there = [dy for dy in own if dy is not None]
         weights = self.stage.group.made()
-        if weights and wants[0] and None not in dys[:-1] and self._joins(plan, x.dtype):
-            dx, grads = self._backward_joined(x, banks_t[0], dys[:-1], plan, needs, weights)
+        if weights and wants[0] and len(there) == len(own) and self._joins(plan, x.dtype):
+            dx, grads = self._backward_joined(x, banks_t[0], there, plan, needs, weights)
             if not (self.stage.leaves_sum and dxs[0] is None and dx.u_TR.shape[1]):
                 dx = dx.dy_TK.addmm_(dx.u_TR, dx.A_RK) if dx.u_TR.shape[1] else dx.dy_TK
         else:
             saved = lora.Saved(plan, self.by_kind, x if lora.saves_x(needs) else None, banks_t, self.draws)
-            dx, grads = lora.backward(dys[:-1], saved, needs, x.dtype if wants[0] else None)
+            dx, grads = lora.backward(own, saved, needs, x.dtype if wants[0] else None)
         flat = [*grads.weights, *grads.biases, *grads.As, *grads.Bs]
-        if isinstance(dx, LowRankSum):
-            return (dx,), flat
-        return (plus(dxs[0], None if dx is None else dx.unflatten(0, x.shape[:-1])),), flat
+        if not isinstance(dx, LowRankSum):
+            dx = plus(dxs[0], None if dx is None else dx.unflatten(0, x.shape[:-1]))
+        return (dx,) if reads == 1 else (dx, plus(dxs[1], in_dtype(there[0], self.residual_dtype))), flat
 
     def _backward_joined(
         self,
@@ -172,7 +191,13 @@ def _beside(x_TK: torch.Tensor, t_TR: torch.Tensor, width: int) -> torch.Tensor 
     return joined
 
 
-def _apart(x_TK: torch.Tensor, t_TR: torch.Tensor, weight: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+def _apart(
+    x_TK: torch.Tensor,
+    t_TR: torch.Tensor,
+    weight: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    addend: torch.Tensor | None,
+) -> torch.Tensor:
     """The same in two products. The short one goes first, for the long one to add to; with a bias the long one is
     first, as its size must not cost the term its last bits."""
     n_in, rank = x_TK.shape[1], t_TR.shape[1]
@@ -180,4 +205,7 @@ def _apart(x_TK: torch.Tensor, t_TR: torch.Tensor, weight: torch.Tensor, bias_N:
     if bias_N is not None:
         y = torch.addmm(bias_N, x_TK, W_KN)
         return y.addmm_(t_TR, B_RN) if rank else y
-    return torch.mm(t_TR, B_RN).addmm_(x_TK, W_KN) if rank else torch.mm(x_TK, W_KN)
+    if not rank:
+        return torch.mm(x_TK, W_KN) if addend is None else torch.addmm(addend, x_TK, W_KN)
+    y = torch.mm(t_TR, B_RN) if addend is None else torch.addmm(addend, t_TR, B_RN)
+    return y.addmm_(x_TK, W_KN)

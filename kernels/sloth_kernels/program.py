@@ -10,7 +10,6 @@ the same program under different sets, and a value may be given up at any time: 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,8 +17,7 @@ import torch
 
 from sloth_kernels.adapters import autocast_dtype
 from sloth_kernels.relief import givers, with_relief
-
-INPUT, OUTPUT = "x", "y"
+from sloth_kernels.schedule import INPUT, OUTPUT, Form, Schedule, schedule
 
 
 class Bound(Protocol):
@@ -63,90 +61,6 @@ class Stage(Protocol):
         ...
 
 
-class Form(NamedTuple):
-    """What a schedule follows from."""
-
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
-    needs: tuple[str, ...]
-
-
-class Step(NamedTuple):
-    """Run stage ``stage`` forward, or backward, then let go of the values ``frees``."""
-
-    stage: int
-    is_backward: bool
-    frees: tuple[str, ...]
-
-
-class Schedule(NamedTuple):
-    """The steps of both passes for one set of kept values."""
-
-    forward: tuple[Step, ...]
-    backward: tuple[Step, ...]
-
-
-@functools.lru_cache(maxsize=1024)
-def schedule(forms: tuple[Form, ...], constants: frozenset[str], kept: frozenset[str]) -> Schedule:
-    """The steps for ``kept``; ``x`` and the constants are always there."""
-    given = constants | {INPUT}
-    return Schedule(_forward_steps(forms, given | kept | {OUTPUT}), _backward_steps(forms, given, given | kept))
-
-
-def _forward_steps(forms: tuple[Form, ...], stays: frozenset[str]) -> tuple[Step, ...]:
-    steps = []
-    for i, form in enumerate(forms):
-        later = {name for other in forms[i + 1 :] for name in other.reads}
-        frees = {*form.reads, *form.writes} - later - stays
-        steps.append(Step(i, False, tuple(sorted(frees))))
-    return tuple(steps)
-
-
-def _backward_steps(forms: tuple[Form, ...], given: frozenset[str], at_hand: frozenset[str]) -> tuple[Step, ...]:
-    made_by = {name: i for i, form in enumerate(forms) for name in form.writes}
-    present, steps = set(at_hand), []
-
-    def bring(names: Iterable[str]) -> None:
-        for name in names:
-            if name not in present:
-                stage = made_by[name]
-                bring(forms[stage].reads)
-                present.update(forms[stage].writes)
-                steps.append((stage, False, set(present)))
-
-    for i in reversed(range(len(forms))):
-        bring(forms[i].needs)
-        present &= _wanted(forms, i, present, made_by) | given
-        steps.append((i, True, set(present)))
-    return _with_frees(steps, forms, at_hand)
-
-
-def _wanted(forms: tuple[Form, ...], before: int, present: set[str], made_by: Mapping[str, int]) -> set[str]:
-    """Of what is present, what the backward of the stages ``before`` one needs, be it to compute what is missing."""
-    wanted: set[str] = set()
-    stack = [name for form in forms[:before] for name in form.needs]
-    while stack:
-        name = stack.pop()
-        if name in wanted:
-            continue
-        wanted.add(name)
-        if name not in present and name in made_by:
-            stack.extend(forms[made_by[name]].reads)
-    return wanted & present
-
-
-def _with_frees(
-    steps: list[tuple[int, bool, set[str]]], forms: tuple[Form, ...], at_hand: frozenset[str]
-) -> tuple[Step, ...]:
-    """Name what each step lets go of: what is not present after it but was before, or was written for nothing."""
-    result, before = [], set(at_hand)
-    for stage, is_backward, after in steps:
-        had = before | (set() if is_backward else set(forms[stage].writes))
-        result.append(Step(stage, is_backward, tuple(sorted(had - after))))
-        before = after
-    return tuple(result)
-
-
 class Program:
     """Stages in the order in which they run, reading ``x`` and ``constants``, the last of them writing ``y``."""
 
@@ -175,6 +89,7 @@ class Program:
         constants: Mapping[str, Any],
         kept: frozenset[str] | None = None,
         on_relief: Callable[[], None] | None = None,
+        park: Park | None = None,
     ) -> torch.Tensor:
         """``y`` for ``x`` and the constants, differentiable once in x and in the stages' operands.
 
@@ -183,6 +98,7 @@ class Program:
             constants: name -> value; without gradients.
             kept: which values stay for backward; None for all that are of use.
             on_relief: called when kept values had to be given up, the device being out of memory.
+            park: which of the kept values wait elsewhere, and how they get there.
         """
         autocast = autocast_dtype(x)
         bound = [stage.bind(autocast) for stage in self.stages]
@@ -191,7 +107,7 @@ class Program:
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands)):
                 frame.kept = self.savable if kept is None else kept
-                frame.on_relief = on_relief
+                frame.on_relief, frame.park = on_relief, park or NOWHERE
                 return _Run.apply(x, frame, *operands)
             with torch.no_grad():
                 return frame.run_forward(x, frozenset())
@@ -205,6 +121,35 @@ class Program:
         return frame.values
 
 
+class Parked(Protocol):
+    """A value that waits elsewhere."""
+
+    def restore(self) -> torch.Tensor:
+        """The value, back on the device."""
+        ...
+
+
+class Park(NamedTuple):
+    """Which kept values wait elsewhere; ``put`` takes one there without waiting for it."""
+
+    names: frozenset[str]
+    put: Callable[[torch.Tensor], Parked]
+
+
+class Here:
+    """A value that is where it was, or is found by ``find``."""
+
+    def __init__(self, find: Callable[[], torch.Tensor]) -> None:
+        self.find = find
+
+    def restore(self) -> torch.Tensor:
+        """The value."""
+        return self.find()
+
+
+NOWHERE = Park(frozenset(), lambda value: Here(lambda: value))
+
+
 class Frame:
     """One call of a program: what it has at hand, from forward until its backward is over."""
 
@@ -214,16 +159,21 @@ class Frame:
         self.constants = constants
         self.kept: frozenset[str] = frozenset()
         self.values: dict[str, Any] = {}
+        self.parked: dict[str, Parked] = {}
+        self.park = NOWHERE
         self.on_relief: Callable[[], None] | None = None
 
     def run_forward(self, x: torch.Tensor, kept: frozenset[str]) -> torch.Tensor:
-        """Compute y; afterwards ``values`` has what is kept."""
-        values = {**self.constants, INPUT: x}
-        for step in self.program.schedule(kept).forward:
+        """Compute y; afterwards ``values`` and ``parked`` have what is kept."""
+        values, here = {**self.constants, INPUT: x}, kept - self.park.names
+        for step in self.program.schedule(here).forward:
             self._run_stage(step.stage, values)
+            for name in self.program.forms[step.stage].writes:
+                if name in kept and name not in here:
+                    self.parked[name] = self.park.put(values[name])
             for name in step.frees:
                 del values[name]
-        self.values = {name: values[name] for name in kept}
+        self.values = {name: values[name] for name in here}
         return values[OUTPUT]
 
     def _run_stage(self, i: int, values: dict[str, Any]) -> None:
@@ -236,17 +186,17 @@ class Frame:
         """Let go of everything that can be computed again; whether that was anything."""
         if not self.values:
             return False
-        self.values, self.kept = {}, frozenset()
+        self.values, self.parked, self.kept = {}, {}, frozenset()
         if self.on_relief is not None:
             self.on_relief()
         return True
 
     def run_backward(
-        self, x: torch.Tensor, dy: torch.Tensor, needs: Sequence[bool]
+        self, x: Parked, dy: torch.Tensor, needs: Sequence[bool]
     ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
         """Gradients of x and of all operands; ``needs`` says which of them are wanted. A second call recomputes all."""
-        values, kept = Values({**self.constants, INPUT: x, **self.values}), self.kept
-        self.values, self.kept = {}, frozenset()
+        values, kept = Values({**self.constants, **self.values}, {**self.parked, INPUT: x}), self.kept
+        self.values, self.parked, self.kept = {}, {}, frozenset()
         wants = Wants.of(self, needs)
         grads: dict[str, Any] = {OUTPUT: dy}
         operand_grads: list[Sequence[torch.Tensor | None]] = [[None] * len(b.operands) for b in self.bound]
@@ -256,8 +206,7 @@ class Frame:
                 self._run_stage_backward(step.stage, values, grads, operand_grads, wants)
             else:
                 self._run_stage(step.stage, values)
-            for name in step.frees:
-                del values[name]
+            values.let_go(step.frees)
         return grads.get(INPUT), [grad for own in operand_grads for grad in own]
 
     def _run_stage_backward(
@@ -279,9 +228,25 @@ class Frame:
 
 
 class Values(dict[str, Any]):
-    """What a backward has at hand, and which of it dies with the step that runs."""
+    """What a backward has at hand; what is parked elsewhere comes when it is first looked at.
 
-    dying: frozenset[str] = frozenset()
+    ``dying`` are the values that go with the step that runs.
+    """
+
+    def __init__(self, present: Mapping[str, Any], parked: dict[str, Parked]) -> None:
+        super().__init__(present)
+        self.parked = parked
+        self.dying: frozenset[str] = frozenset()
+
+    def __missing__(self, name: str) -> Any:
+        value = self[name] = self.parked.pop(name).restore()
+        return value
+
+    def let_go(self, names: Iterable[str]) -> None:
+        """Drop some values, wherever they are."""
+        for name in names:
+            self.pop(name, None)
+            self.parked.pop(name, None)
 
 
 class Wants(NamedTuple):
@@ -318,7 +283,8 @@ class _Run(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if torch.is_grad_enabled():
             raise RuntimeError("a layer program has no second derivative: call backward without create_graph=True")
-        x, *_ = ctx.saved_tensors
+        # The input is not looked at before it is needed: where it has to come back, the first stages run meanwhile.
+        x = Here(lambda: ctx.saved_tensors[0])
         givers.discard(ctx.frame)
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
         with torch.autocast(dy.device.type, enabled=False):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sloth_kernels.linears import BoundLinears
-from sloth_kernels.program import Bound, Frame, Program
+from sloth_kernels.program import Bound, Frame, Here, Program
 from sloth_kernels.stages import Grads, NamedStage, plus
 
 
@@ -64,7 +64,7 @@ class _BoundTiled:
         sums: list[torch.Tensor | None] = [None] * len(self.operands)
         start = 0
         for part, dy, bound in zip(self._split(x), self._split(dys[0]), self.tiles, strict=False):
-            dx_part, grads = Frame(self.stage.program, bound, {}).run_backward(part, dy, wants)
+            dx_part, grads = Frame(self.stage.program, bound, {}).run_backward(_here(part), dy, wants)
             if dx is not None and dx_part is not None:
                 dx[start : start + len(part)] = dx_part
             start += len(part)
@@ -74,6 +74,10 @@ class _BoundTiled:
             for total, operand in zip(sums, self.operands, strict=True)
         ]
         return (plus(dxs[0], None if dx is None else dx.view(x.shape)),), typed
+
+
+def _here(part: torch.Tensor) -> Here:
+    return Here(lambda: part)
 
 
 def _added(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:

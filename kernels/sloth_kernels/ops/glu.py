@@ -67,7 +67,7 @@ def _place(cols, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _glu_forward_kernel(
     gate_ptr, up_ptr, y_ptr, cols, blocks, gate_stride, up_stride, y_stride,
     VARIANT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _glu_backward_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, cols, blocks, dy_stride, gate_stride, up_stride,
     VARIANT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +95,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _low_rank_backward_kernel(
+def _glu_low_rank_backward_kernel(
     dy_ptr, u_ptr, A_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, cols, rank,
     dy_stride, u_stride, A_stride, gate_stride, up_stride,
     VARIANT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -141,7 +141,9 @@ def forward(gate: torch.Tensor, up: torch.Tensor, variant: str, room: int = 0) -
     (gate, up, _), strides, cols = _rows(gate, up, y)
     grid, blocks, block, num_warps = _grid(y.numel(), cols)
     with on_device_of(y):
-        _forward_kernel[grid](gate, up, y, cols, blocks, *strides, VARIANT=variant, BLOCK=block, num_warps=num_warps)
+        _glu_forward_kernel[grid](
+            gate, up, y, cols, blocks, *strides, VARIANT=variant, BLOCK=block, num_warps=num_warps
+        )
     return y
 
 
@@ -161,7 +163,7 @@ def backward(
     (dy, gate, up), strides, cols = _rows(dy, gate, up)
     grid, blocks, block, num_warps = _grid(dup.numel(), cols)
     with on_device_of(dy):
-        _backward_kernel[grid](
+        _glu_backward_kernel[grid](
             dy, gate, up, dgate, dup, cols, blocks, *strides, VARIANT=variant, BLOCK=block, num_warps=num_warps
         )
     return dgate, dup
@@ -196,7 +198,7 @@ def low_rank_backward(
     rows, cols = dy.shape
     block_t, block_i, num_warps = LOW_RANK_TILE
     with on_device_of(dy):
-        _low_rank_backward_kernel[cdiv(rows, block_t), cdiv(cols, block_i)](
+        _glu_low_rank_backward_kernel[cdiv(rows, block_t), cdiv(cols, block_i)](
             dy, u_TR, A_RI, gate, up, dgate, dup, rows, cols, u_TR.shape[1],
             dy.stride(0), u_TR.stride(0), A_RI.stride(0), gate_stride, up_stride,
             VARIANT=variant, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=max(16, next_power_of_2(u_TR.shape[1])),

@@ -29,6 +29,7 @@ from sloth_kernels.cross_entropy_rows import BLOCK_V, TORCH_TEMPORARIES, torch_r
 from sloth_kernels.labelled_rows import LabelledRows
 from sloth_kernels.launch import cdiv, on_device_of, runs_triton, tl, triton
 from sloth_kernels.op import Call, Case, Op, Timing
+from sloth_kernels.relief import with_relief
 
 LOGITS_BYTES = 512 * 2**20
 """Bound on a chunk's logits and the temporaries over them."""
@@ -204,7 +205,7 @@ def _forward(
 
 
 @triton.jit
-def _scale_kernel(x_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):
+def _linear_cross_entropy_scale_kernel(x_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
     tl.store(out_ptr + i, x * tl.load(factor_ptr), mask=i < n)
@@ -222,7 +223,9 @@ def _scaled(saved: torch.Tensor | None, factor: torch.Tensor, dtype: torch.dtype
     if saved.numel() and runs_triton(saved, factor, out):
         block = 4096
         with on_device_of(saved):
-            _scale_kernel[(cdiv(saved.numel(), block),)](saved, factor, out, saved.numel(), BLOCK=block, num_warps=8)
+            _linear_cross_entropy_scale_kernel[(cdiv(saved.numel(), block),)](
+                saved, factor, out, saved.numel(), BLOCK=block, num_warps=8
+            )
         return out
     return out.copy_(saved.to(factor.dtype) * factor)
 
@@ -237,7 +240,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_T: torch.Tensor,
         opt: _Options,
     ) -> tuple[torch.Tensor, ...]:
-        sums, rows_N, grads = _forward(hidden_TH, weight_VH, bias_V, labels_T, opt, ctx.needs_input_grad[:3])
+        # Often the moment when the most is held: what waiting layers keep can be given up for it.
+        sums, rows_N, grads = with_relief(
+            _forward, hidden_TH, weight_VH, bias_V, labels_T, opt, ctx.needs_input_grad[:3]
+        )
         ctx.save_for_backward(rows_N, *grads)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden_TH, weight_VH, bias_V)]
         ctx.n_tokens = len(hidden_TH)

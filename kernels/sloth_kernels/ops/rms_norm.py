@@ -75,7 +75,7 @@ def _scale(w_ptr, cols, mask, HAS_WEIGHT: tl.constexpr, PLUS_ONE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def _forward_kernel(
+def _rms_norm_forward_kernel(
     x_ptr, w_ptr, y_ptr, rstd_ptr, n_rows, inner, x_outer, x_inner, y_stride, eps, H: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, PLUS_ONE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def _backward_kernel(
+def _rms_norm_backward_kernel(
     dy_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, partial_ptr, add_ptr,
     n_rows, inner, dy_outer, dy_inner, x_outer, x_inner,
     H: tl.constexpr, HAS_WEIGHT: tl.constexpr, PLUS_ONE: tl.constexpr, SUM_DW: tl.constexpr, ADD: tl.constexpr,
@@ -123,7 +123,7 @@ def _backward_kernel(
 
 
 @triton.jit(do_not_specialize=["n_partials"])
-def _sum_partials_kernel(
+def _rms_norm_sum_partials_kernel(
     partial_ptr, dw_ptr, n_partials, H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     cols = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -165,7 +165,7 @@ def forward(
     y = y[..., :hidden] if room else y
     rstd_T = torch.empty(n_rows, dtype=torch.float32, device=x.device)
     with on_device_of(x):
-        _forward_kernel[(cdiv(n_rows, block_t),)](
+        _rms_norm_forward_kernel[(cdiv(n_rows, block_t),)](
             x, weight, y, rstd_T, n_rows, inner, x_outer, x_inner, hidden + room, eps,
             H=hidden,
             HAS_WEIGHT=weight is not None,
@@ -199,7 +199,7 @@ def backward(
     dy, dy_outer, dy_inner = row_strides(dy, inner)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with on_device_of(x):
-        _backward_kernel[(programs,)](
+        _rms_norm_backward_kernel[(programs,)](
             dy, x, weight, rstd_T, dx, partial_PH, None if add is None else add.contiguous(),
             rstd_T.numel(), inner, dy_outer, dy_inner, x_outer, x_inner,
             H=hidden,
@@ -220,7 +220,9 @@ def _sum_partials(partial_PH: torch.Tensor | None, weight: torch.Tensor | None) 
         return None
     n_partials, hidden = partial_PH.shape
     dw = torch.empty_like(weight)
-    _sum_partials_kernel[(cdiv(hidden, 32),)](partial_PH, dw, n_partials, H=hidden, BLOCK_P=64, BLOCK_H=32, num_warps=4)
+    _rms_norm_sum_partials_kernel[(cdiv(hidden, 32),)](
+        partial_PH, dw, n_partials, H=hidden, BLOCK_P=64, BLOCK_H=32, num_warps=4
+    )
     return dw
 
 

@@ -28,9 +28,8 @@ from sloth_kernels.op import Op
 from sloth_plugins.kernel_patching.match import Matcher
 from sloth_plugins.layer_programs.assemble import Assembler, LayerProgram, MisfitError
 from sloth_plugins.layer_programs.checkpointing import leave_alone
-from sloth_plugins.layer_programs.costs import widths
 from sloth_plugins.layer_programs.given import for_programs
-from sloth_plugins.layer_programs.passes import Layer, Passes
+from sloth_plugins.layer_programs.passes import Layer, Passes, shared_budget
 from sloth_plugins.layer_programs.probe import Seen, constants_of, disagreement, evaluating, observe
 from sloth_plugins.offloaded_checkpointing import make_ring
 from sloth_plugins.offloaded_checkpointing.seam import Rings, checkpointed_layers
@@ -55,6 +54,8 @@ def sloth_patch_model(
     if off or not layers:
         reason = f"kernels leave out {', '.join(off)}" if off else "the model has no layers as transformers' have"
         return [Finding("skipped", "layers", reason, CAPABILITY)]
+    # Here all ranks are at one point; shapes, for which plans are made, come to each of them at times of their own.
+    budget = shared_budget(run)
     seen = observe(model, list(layers.values()))
     if isinstance(seen, str):
         return [Finding("skipped", name, seen, CAPABILITY) for name in layers]
@@ -75,7 +76,7 @@ def sloth_patch_model(
             given = None
         with evaluating(model):
             planned = [_planned_layer(program, seen[layer][0]) for layer, program in made.items()]
-        _install(model, run, made, planned, given, edits)
+        _install(model, run, made, planned, given, budget, edits)
     return findings
 
 
@@ -106,12 +107,13 @@ def _install(
     made: Mapping[nn.Module, LayerProgram],
     layers: Sequence[Layer],
     given: MemoryPlan | None,
+    budget: int | None,
     edits: Edits,
 ) -> None:
     """Replace the forwards of the layers and take their checkpointing over."""
     cache = DenseCache([program.groups for program in made.values()])
     offloads = run.config.checkpointing == "offload" and run.device is not None and run.device.type == "cuda"
-    passes = Passes(model, run, layers, cache, Rings(make_ring) if offloads else None, given)
+    passes = Passes(model, run, layers, cache, Rings(make_ring) if offloads else None, given, budget)
     for index, (layer, program) in enumerate(made.items()):
         forward = _forward(layer, program, passes, index)
         edits.set(layer, "forward", types.MethodType(forward, layer))
@@ -121,8 +123,7 @@ def _install(
 
 
 def _planned_layer(made: LayerProgram, seen: Seen) -> Layer:
-    constants = constants_of(seen.kwargs) or {}
-    return Layer(made, widths(made.program.trace(seen.hidden, constants), seen.hidden))
+    return Layer(made, seen.hidden, constants_of(seen.kwargs) or {})
 
 
 def _watched(layer: nn.Module) -> list[Any]:

@@ -155,9 +155,8 @@ class _Assembly:
     def _program(self, tile_rows: int | None) -> Program:
         self.stages, self.linears, self.groups = [], [], []
         layout = self.layout
-        branch = self._attention(self._norm("n1", layout.attention_in, INPUT))
-        branch = self._norm("attention_out", layout.attention_out, branch)
-        self.stages.append(Residual(INPUT, branch, "x2", self._scale()))
+        self._attention(self._norm("n1", layout.attention_in, INPUT))
+        self._branch("a", "o", self._output(), layout.attention_out, INPUT, "x2")
         if tile_rows is None:
             self._mlp_part("n1" if layout.parallel else "", "x2")
         else:
@@ -170,9 +169,20 @@ class _Assembly:
 
     def _mlp_part(self, normed: str, x: str) -> None:
         """From ``x`` to the layer's output; ``normed`` is what the MLP reads where that is there already."""
-        branch = self._mlp(normed or self._norm("n2", self.layout.mlp_in, x))
-        branch = self._norm("mlp_out", self.layout.mlp_out, branch)
-        self.stages.append(Residual(x, branch, OUTPUT, self._scale()))
+        down_proj = self._mlp(normed or self._norm("n2", self.layout.mlp_in, x))
+        self._branch("h", "m", down_proj, self.layout.mlp_out, x, OUTPUT)
+
+    def _branch(self, read: str, y: str, module: nn.Module, norm: str | None, residual: str, total: str) -> None:
+        """The last linear of a branch, its norm if it has one, and the sum with ``residual``."""
+        if norm is None and self._scale() == 1.0:
+            self._linears(read, [total], [module], residual)
+            return
+        self._linears(read, [y], [module])
+        self.stages.append(Residual(residual, self._norm(f"{y}.norm", norm, y), total, self._scale()))
+
+    def _output(self) -> nn.Module:
+        children = self.parts.attention._modules
+        return next(child for name in layouts.OUTPUTS if (child := children.get(name)) is not None)
 
     def _scale(self) -> float:
         return self._first(self.layer, layouts.RESIDUAL_SCALES, 1.0)
@@ -202,7 +212,7 @@ class _Assembly:
         self.stages.append(Norm(x, y, lambda: parameters["weight"], eps, variant, self.by.ops["rms_norm"], head_width))
         return y
 
-    def _linears(self, x: str, names: Sequence[str], modules: Sequence[Any]) -> None:
+    def _linears(self, x: str, names: Sequence[str], modules: Sequence[Any], residual: str | None = None) -> None:
         own = []
         for module in modules:
             live = LiveLinear.of(module)
@@ -211,9 +221,9 @@ class _Assembly:
             own.append(live)
         self.linears += own
         self.groups.append(DenseGroup())
-        self.stages.append(Linears(x, names, lambda: [live.read() for live in own], self.groups[-1]))
+        self.stages.append(Linears(x, names, lambda: [live.read() for live in own], self.groups[-1], residual))
 
-    def _attention(self, x: str) -> str:
+    def _attention(self, x: str) -> None:
         module = self.parts.attention
         width = self._first(module, ("head_dim",), None)
         if width is None:
@@ -224,9 +234,6 @@ class _Assembly:
             self.stages.append(Rope(q, k, "q", "k", width, self.by.variant(module, "rope"), self.by.ops["rope"]))
             q, k = "q", "k"
         self.stages.append(Attention(q, k, "v", "a", width, self._spec(module, width)))
-        name = next(name for name in layouts.OUTPUTS if name in module._modules)
-        self._linears("a", ["o"], [module._modules[name]])
-        return "o"
 
     def _qkv(self, x: str, module: nn.Module, width: int) -> None:
         children = module._modules
@@ -259,7 +266,8 @@ class _Assembly:
             causal=bool(self._first(module, ("is_causal",), True)),
         )
 
-    def _mlp(self, x: str) -> str:
+    def _mlp(self, x: str) -> nn.Module:
+        """Up to ``h``; the linear that reads it is returned."""
         module = self.parts.mlp
         variant, children = self.by.variant(module, "glu"), module._modules
         if "gate_up_proj" in children:
@@ -269,5 +277,4 @@ class _Assembly:
         else:
             self._linears(x, ["gate", "up"], [children["gate_proj"], children["up_proj"]])
         self.stages.append(Glu("gate", "up", "h", variant, self.by.ops["glu"]))
-        self._linears("h", ["m"], [children["down_proj"]])
-        return "m"
+        return children["down_proj"]  # type: ignore[return-value]

@@ -5,6 +5,7 @@ The model need only rank the ways: matrix products at one rate, everything else 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ FLOPS, BYTES, LINK_BYTES = 600e12, 3e12, 50e9
 TILE_SHARE = 0.05
 """What products of few rows, and weights made dense for each tile, cost more."""
 
+MIN_BYTES = 1 << 20
+"""Smaller values stay on the device: moving one costs more than it frees."""
+
 OFFLOAD_SHARE = 0.02
 """What offloading costs of a layer's time where its copies hide behind the work, measured generously."""
 
@@ -28,6 +32,17 @@ def widths(values: Mapping[str, Any], x: torch.Tensor) -> dict[str, float]:
     """Bytes a token of every value of a traced run, and of its input."""
     tokens = x.numel() // x.shape[-1]
     return {name: _bytes(value) / tokens for name, value in {**values, INPUT: x}.items()}
+
+
+def parkable(values: Mapping[str, Any]) -> frozenset[str]:
+    """The values of a traced run that a copy to host memory can stand for: whole tensors with memory of their own."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    return frozenset(
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_contiguous() and owners[tensor.untyped_storage().data_ptr()] == 1 and "." not in name
+    )
 
 
 def _bytes(value: Any) -> int:
@@ -43,6 +58,8 @@ class Shape(NamedTuple):
 
     tokens: int
     length: int
+    autocast: torch.dtype | None = None
+    """What autocast computes in around it; None where it is off."""
 
 
 class StageCost(NamedTuple):
@@ -60,15 +77,23 @@ class Estimate:
         program: the layer's.
         widths: bytes a token of each of its values.
         shape: of the pass.
+        parkable: those of its values that may wait in host memory.
     """
 
-    def __init__(self, program: Program, widths: Mapping[str, float], shape: Shape) -> None:
+    def __init__(
+        self,
+        program: Program,
+        widths: Mapping[str, float],
+        shape: Shape,
+        parkable: frozenset[str] = frozenset(),
+    ) -> None:
         self.program = program
         self.size = {name: int(width * shape.tokens) for name, width in widths.items()}
         self.root = {name: stage.reads[0] for stage in program.stages if stage.views for name in stage.writes}  # type: ignore[attr-defined]
         costs = [self._stage(stage, widths, shape) for stage in program.stages]
         self.seconds = [cost.seconds for cost in costs]
         self.workspace = [cost.workspace for cost in costs]
+        self.parkable = parkable
         self.hidden = sum(cost.hidden for cost in costs)
         self.tile_rows = max((stage.rows for stage in program.stages if isinstance(stage, Tiled)), default=0)
 
@@ -93,7 +118,7 @@ class Estimate:
             if not kept:
                 break
             kept = min((kept - {name} for name in sorted(kept)), key=lambda fewer: self._price(kept, fewer))
-        ways = [self.level(kept, offload) for kept in chain for offload in (False, True)]
+        ways = [self.level(kept, away) for kept in chain for away in self._places(kept)]
         return tuple(_worthwhile(ways))
 
     def _price(self, kept: frozenset[str], fewer: frozenset[str]) -> tuple[float, str]:
@@ -108,36 +133,44 @@ class Estimate:
             self.seconds[s.stage] for s in self.program.schedule(kept).backward if not s.is_backward
         )
 
-    def level(self, kept: frozenset[str], offload: bool) -> Level:
-        """What it costs to keep ``kept``, the input in host memory where ``offload`` says so."""
-        x, seconds = self.size[INPUT], self._again(kept)
-        if offload:
+    def _places(self, kept: frozenset[str]) -> list[frozenset[str]]:
+        """What may wait in host memory: nothing, the input, or with it all kept values that are worth a copy."""
+        worth = frozenset(name for name in kept & self.parkable if self.size[name] >= MIN_BYTES)
+        return list(dict.fromkeys([frozenset(), frozenset({INPUT}), worth | {INPUT}]))
+
+    def level(self, kept: frozenset[str], away: frozenset[str]) -> Level:
+        """What it costs to keep ``kept``, of which and of the input ``away`` waits in host memory."""
+        seconds, moved = self._again(kept), sum(self.size[name] for name in away)
+        if away:
             once = sum(self.seconds)
-            seconds += OFFLOAD_SHARE * once + max(0.0, x / LINK_BYTES - once)
+            seconds += OFFLOAD_SHARE * once + max(0.0, moved / LINK_BYTES - once)
         return Level(
-            name=self._name(kept, offload),
+            name=self._name(kept, away),
             kept=kept,
-            offloaded=frozenset({INPUT}) if offload else frozenset(),
-            device_bytes=self.held(kept) + (0 if offload else x),
-            host_bytes=x if offload else 0,
+            offloaded=away,
+            device_bytes=self.held(kept - away) + (0 if INPUT in away else self.size[INPUT]),
+            host_bytes=moved,
             seconds=seconds,
-            working_bytes=self.backward_bytes(kept) + (2 * x if offload else 0),
+            # Its own input is back, and what the layer below sent away is on its way.
+            working_bytes=self.backward_bytes(kept, away) + (self.size[INPUT] if INPUT in away else 0) + moved,
             tile_rows=self.tile_rows,
         )
 
-    def _name(self, kept: frozenset[str], offload: bool) -> str:
+    def _name(self, kept: frozenset[str], away: frozenset[str]) -> str:
         missing = sorted(name for name in self.program.savable - kept if "." not in name)
         held = sorted(name for name in kept if "." not in name)
         if not missing:
             name = "keep"
         elif not held:
-            name = "offload" if offload else "recompute"
+            name = "offload" if away else "recompute"
         elif len(held) <= len(missing):
             name = f"keep {', '.join(held)}"
         else:
             name = f"keep all but {', '.join(missing)}"
         name = f"{name}, MLP in tiles of {self.tile_rows:,}" if self.tile_rows else name
-        return f"{name}, offload" if offload and held else name
+        if not away or not held:
+            return name
+        return f"{name}, offload all" if away - {INPUT} else f"{name}, offload"
 
     def held(self, names: Iterable[str]) -> int:
         """Bytes of the memory that some values hold; views hold all of what they are views of."""
@@ -153,12 +186,16 @@ class Estimate:
             present -= set(step.frees)
         return most
 
-    def backward_bytes(self, kept: frozenset[str]) -> int:
-        """Largest number of bytes in use while the layer runs backward, beyond its input and what was kept."""
-        present, before = set(kept), self.held(kept)
+    def backward_bytes(self, kept: frozenset[str], away: frozenset[str] = frozenset()) -> int:
+        """Largest number of bytes in use while the layer runs backward, beyond its input and what was kept here.
+
+        What is ``away`` is there from when it is first looked at.
+        """
+        present, before = set(kept - away), self.held(kept - away)
         grads, most = {OUTPUT: self.size[INPUT]}, 0
         for step in self.program.schedule(kept).backward:
             form = self.program.forms[step.stage]
+            present |= kept & away & set(form.needs if step.is_backward else form.reads)
             working = sum(grads.values()) + self.workspace[step.stage]
             if step.is_backward:
                 new = {name: self.size[name] for name in form.reads if name in self.size}

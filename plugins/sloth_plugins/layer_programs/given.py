@@ -47,8 +47,8 @@ def level_for(level: Level, program: Program) -> Level | str:
         return replace(level, kept=kept, offloaded=frozenset({INPUT}) if level.name == OFFLOAD.name else frozenset())
     if unknown := level.kept - program.savable:
         return f"keeps {_words(unknown)}; what can be kept is {_words(program.savable)}"
-    if unknown := level.offloaded - {INPUT}:
-        return f"offloads {_words(unknown)}; what can be offloaded is {INPUT}, the layer's input"
+    if unknown := level.offloaded - level.kept - {INPUT}:
+        return f"offloads {_words(unknown)}; what can be offloaded is {INPUT}, the layer's input, and what is kept"
     return level
 
 

@@ -10,20 +10,24 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from sloth_backend import plan as plans
-from sloth_backend.budget import device_budget, host_budget
+from sloth_backend.budget import agreed, device_budget, host_budget
 from sloth_backend.findings import Finding
 from sloth_backend.phases import find_session
 from sloth_backend.plan import Cached, Costs, Level, MemoryPlan
 from sloth_backend.run import Run
+from sloth_kernels.adapters import autocast_dtype
 from sloth_kernels.dense_cache import DenseCache
 from sloth_kernels.ops.linear_cross_entropy import LOGITS_BYTES, rows_per_chunk
+from sloth_kernels.program import INPUT, Park
 from sloth_plugins.kernel_patching.loss import limit_logits
 from sloth_plugins.layer_programs.assemble import LayerProgram
-from sloth_plugins.layer_programs.costs import BYTES, Estimate, Shape, levels_of
+from sloth_plugins.layer_programs.costs import BYTES, Estimate, Shape, levels_of, parkable, widths
+from sloth_plugins.layer_programs.probe import evaluating
 from sloth_plugins.offloaded_checkpointing.ring import Handle, Kept
 from sloth_plugins.offloaded_checkpointing.seam import Rings
 
@@ -35,21 +39,41 @@ log = logging.getLogger("sloth_backend")
 
 
 class Layer:
-    """A layer's programs, the bytes a token of their values, and those of the weights that can be cached for it."""
+    """A layer's programs, the bytes a token of their values, and those of the weights that can be cached for it.
 
-    def __init__(self, made: LayerProgram, widths: Mapping[str, float]) -> None:
+    Args:
+        made: its programs.
+        x: an input of a few tokens (B, S, H); the program is run on it, under the autocast that is on.
+        constants: those that go with it.
+    """
+
+    def __init__(self, made: LayerProgram, x: torch.Tensor, constants: Mapping[str, Any]) -> None:
+        values = made.program.trace(x, constants)
+        self.made, self.x, self.constants = made, x, constants
         self.programs = {0: made.program, **made.tiled}
-        self.widths, self.dense_bytes = widths, made.dense_bytes()
-        self.key = (made.program.forms, tuple(sorted(widths.items())), self.dense_bytes)
+        self.widths, self.parkable, self.dense_bytes = widths(values, x), parkable(values), made.dense_bytes()
+        self.key = (made.program.forms, tuple(sorted(self.widths.items())), self.dense_bytes)
+
+    def traced_again(self, device: torch.device) -> Layer:
+        """The same layer as it is now, on ``device``."""
+        constants = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.constants.items()}
+        return Layer(self.made, self.x.to(device), constants)
 
     def estimates(self, shape: Shape) -> list[Estimate]:
         """What its programs cost in a pass of ``shape``; those whose tiles would be longer than it are left out."""
         fitting = [program for rows, program in self.programs.items() if rows < shape.tokens]
-        return [Estimate(program, self.widths, shape) for program in fitting]
+        return [Estimate(program, self.widths, shape, self.parkable) for program in fitting]
 
 
 LOSS_TILES = (LOGITS_BYTES, LOGITS_BYTES // 4, LOGITS_BYTES // 8)
 """Bytes of logits that the loss may hold at a time."""
+
+
+def shared_budget(run: Run) -> int | None:
+    """The budget of all ranks, which all of them must ask for at one point; None where there is nothing to share."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return agreed(device_budget(run.device, run.config), run.device)
 
 
 class Chosen(NamedTuple):
@@ -77,6 +101,7 @@ class Passes:
         cache: where dense copies of quantised weights are kept.
         rings: where offloaded inputs wait; None where nothing is offloaded.
         given: a plan to follow for passes of every shape, its values named; None to plan for each shape.
+        shared_budget: bytes that every rank plans with; None to ask the device at each plan.
     """
 
     def __init__(
@@ -87,10 +112,13 @@ class Passes:
         cache: DenseCache,
         rings: Rings | None,
         given: MemoryPlan | None = None,
+        shared_budget: int | None = None,
     ) -> None:
         self.model = weakref.ref(model)
         self.run, self.layers, self.cache, self.rings = run, list(layers), cache, rings
-        self.given = given
+        self.given, self.shared_budget = given, shared_budget
+        self.traced: dict[torch.dtype | None, list[Layer]] = {None: self.layers}
+        """Autocast's dtype -> the layers as they are under it; those that are alike share one."""
         self.plans: dict[Shape, Chosen] = {}
         self.shape: Shape | None = None
         self.plan: MemoryPlan | None = None
@@ -112,23 +140,29 @@ class Passes:
         level = self.plan.levels[index]
         program = programs[level.tile_rows]
         with self._offloading(level, index, x):
-            return program(x, constants, level.kept, self._tighten)
+            return program(x, constants, level.kept, self._tighten, self._park(level, index))
 
     def planned(self, shape: Shape, device: torch.device) -> MemoryPlan:
         """The plan for passes of ``shape``."""
         if shape not in self.plans:
+            self._trace(shape.autocast, device)
             budget, layers = self._budget(device), self._costs(shape, device)
             candidates = []
             for tile in LOSS_TILES:
                 head, seconds = self._head(shape, tile)
                 costs = replace(layers, head_bytes=head)
-                if self.given is None:
-                    plan = plans.choose(costs, budget, self._host(), self._mode(device))
-                else:
-                    plan = self._follow(self.given, costs, shape, budget)
+                plan = self._choose(costs, shape, budget, device)
+                if trailing := _trailing_bytes(plan):
+                    costs = replace(costs, head_bytes=head + trailing)
+                    plan = self._choose(costs, shape, budget, device)
                 candidates.append(Chosen(plan, costs, tile, seconds))
             self.plans[shape] = min(candidates, key=self._merit(device))
         return self.plans[shape].plan
+
+    def _choose(self, costs: Costs, shape: Shape, budget: int | None, device: torch.device) -> MemoryPlan:
+        if self.given is not None:
+            return self._follow(self.given, costs, shape, budget)
+        return plans.choose(costs, budget, self._host(), self._mode(device))
 
     def _merit(self, device: torch.device) -> Callable[[Chosen], tuple[float, ...]]:
         """What to choose by: the peak where memory is all that counts or not enough, else time."""
@@ -143,11 +177,11 @@ class Passes:
         """The given plan with what it costs in a pass of ``shape``."""
         known: dict[Any, Level] = {}
         levels = []
-        for layer, level in zip(self.layers, given.levels, strict=True):
+        for layer, level in zip(self.traced[shape.autocast], given.levels, strict=True):
             key = layer.key, level
             if key not in known:
-                estimate = Estimate(layer.programs[0], layer.widths, shape)
-                known[key] = replace(estimate.level(level.kept, bool(level.offloaded)), name=level.name)
+                estimate = Estimate(layer.programs[0], layer.widths, shape, layer.parkable)
+                known[key] = replace(estimate.level(level.kept, level.offloaded), name=level.name)
             levels.append(known[key])
         peak = plans.peak_bytes(levels, given.cached_layers, costs)
         fits = budget is None or peak <= budget
@@ -156,10 +190,12 @@ class Passes:
     # A pass begins ----------------------------------------------------------------------------------------------
 
     def _begin(self, x: torch.Tensor) -> None:
-        shape = Shape(x.shape[:-1].numel(), x.shape[-2])
+        shape = Shape(x.shape[:-1].numel(), x.shape[-2], autocast_dtype(x))
         first = shape not in self.plans
         self.plan, self.shape = self.planned(shape, x.device), shape
         self.cache.hold(self.plan.cached_layers)
+        if self.rings is not None:
+            self.rings.depth = max([1, *(len(level.offloaded) for level in self.plan.levels)])
         limit_logits(self.plans[shape].loss_tile)
         self.count += 1
         if first and len(self.plans) == 1:
@@ -173,7 +209,7 @@ class Passes:
         if self.rings is None:
             return nullcontext()
         assert self.plan is not None
-        to_come = sum(bool(later.offloaded) for later in self.plan.levels[index:]) if level.offloaded else 0
+        to_come = self._to_come(index) if INPUT in level.offloaded else 0
         if not any(other.offloaded for other in self.plan.levels):
             return nullcontext()
         handles = self.rings.save((x,), to_come)
@@ -184,18 +220,53 @@ class Passes:
 
         return saved_tensors_hooks(pack, lambda held: held.restore())
 
+    def _to_come(self, index: int) -> int:
+        """How many values of this pass go to host memory from layer ``index`` on."""
+        assert self.plan is not None
+        return sum(len(level.offloaded) for level in self.plan.levels[index:])
+
+    def _park(self, level: Level, index: int) -> Park | None:
+        """The way of kept values to host memory, where the level sends some."""
+        names, rings = level.offloaded - {INPUT}, self.rings
+        if not names or rings is None:
+            return None
+
+        def put(value: torch.Tensor) -> Handle | Kept:
+            return rings.save((value,), self._to_come(index)).get(id(value)) or Kept(value)
+
+        return Park(names, put)
+
     # What it costs ----------------------------------------------------------------------------------------------
+
+    def _trace(self, autocast: torch.dtype | None, device: torch.device) -> None:
+        """See what the layers' values are under an autocast that has not been on before."""
+        model = self.model()
+        if autocast in self.traced or model is None:
+            self.traced.setdefault(autocast, self.layers)
+            return
+        known: dict[Any, Layer] = {}
+        try:
+            # Dropout would draw its masks from the generator that the pass itself will draw from.
+            with evaluating(model), torch.autocast(device.type, autocast):
+                for layer in self.layers:
+                    if layer.key not in known:
+                        known[layer.key] = layer.traced_again(device)
+        except RuntimeError as error:  # of a layer whose weights are elsewhere until its turn comes
+            log.warning("the memory plan counts bytes as without autocast: %s", error)
+            known = {layer.key: layer for layer in self.layers}
+        self.traced[autocast] = [known[layer.key] for layer in self.layers]
 
     def _costs(self, shape: Shape, device: torch.device) -> Costs:
         known: dict[Any, tuple[tuple[Level, ...], int]] = {}
-        for layer in self.layers:
+        layers = self.traced[shape.autocast]
+        for layer in layers:
             if layer.key not in known:
                 estimates = layer.estimates(shape)
                 known[layer.key] = levels_of(estimates), estimates[0].forward_bytes()
-        dense = tuple(layer.dense_bytes for layer in self.layers)
+        dense = tuple(layer.dense_bytes for layer in layers)
         return Costs(
             tokens=shape.tokens,
-            layers=tuple(known[layer.key][0] for layer in self.layers),
+            layers=tuple(known[layer.key][0] for layer in layers),
             fixed_bytes=self._fixed(device),
             head_bytes=0,
             forward_bytes=max(forward for _, forward in known.values()),
@@ -217,7 +288,7 @@ class Passes:
     def _head(self, shape: Shape, tile: int) -> tuple[int, float]:
         """Bytes of the last norm's output, what is made of it, and a tile of logits; seconds that small tiles cost."""
         model: Any = self.model()
-        hidden = int(self.layers[-1].widths["x"] * shape.tokens)
+        hidden = int(self.traced[shape.autocast][-1].widths["x"] * shape.tokens)
         head = model.get_output_embeddings() if model is not None else None
         if head is None or head.weight.dim() != 2:
             return 4 * hidden, 0.0
@@ -227,7 +298,9 @@ class Passes:
         return 4 * hidden + rows * row, 3 * head.weight.nbytes / BYTES * (shape.tokens / rows - 1)
 
     def _budget(self, device: torch.device) -> int | None:
-        budget = device_budget(device, self.run.config)
+        budget = self.shared_budget
+        if budget is None:
+            budget = device_budget(device, self.run.config)
         return budget if self.limit is None else min(self.limit, budget or self.limit)
 
     def _host(self) -> int:
@@ -266,3 +339,13 @@ class Passes:
         if session is not None:
             session.findings.append(replace(finding, plugin="layer_programs"))
         log.log(logging.WARNING if finding.action == "warned" else logging.INFO, "%s", finding.reason)
+
+
+def _trailing_bytes(plan: MemoryPlan) -> int:
+    """Bytes that are still on the device at the end of forward, though their levels send them away.
+
+    What the last such layer sent is let go of when the next one sends, which none does; and the first layer's input,
+    where it is a leaf that wants a gradient, is held by autograd itself.
+    """
+    leaving = [level.host_bytes for level in plan.levels if level.offloaded]
+    return leaving[-1] + leaving[0] if leaving else 0

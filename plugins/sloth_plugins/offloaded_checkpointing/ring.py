@@ -8,7 +8,9 @@ i takes these steps, none of which blocks the host:
     backward  layer i+1   homeward begins to copy x back, beside this layer's recompute and backward
               layer i     the compute stream waits for that copy; the same is begun for layer i-1
 
-So the device holds one input in each direction, whatever the number of layers. Device memory is always taken from
+So the device holds one input in each direction, whatever the number of layers. Where a layer sends several values
+away, one after the other, ``depth`` says how many: each has the time of a whole layer for its way, in both directions,
+and as many are held. Device memory is always taken from
 the compute stream's own pool and goes back to it, behind an event where a copy may still touch it;
 ``Tensor.record_stream`` would delay its reuse by an unknown time.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -129,8 +132,10 @@ class Ring:
     def __init__(self, device: Device, memory: HostMemory) -> None:
         self.device = device
         self.memory = memory
+        self.depth = 1
         self._lock = threading.Lock()
         self._last: Handles = ()
+        self._leaving: deque[Handles] = deque()
         self._by_id: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
 
     def save(self, tensors: Sequence[Tensor], layers_to_come: int) -> list[Handle]:
@@ -142,21 +147,31 @@ class Ring:
                 those of this one stay on the device.
         """
         with self._lock:
-            for earlier in _alive(self._last):
-                self._let_go(earlier)
+            while len(self._leaving) >= self.depth:
+                for earlier in _alive(self._leaving.popleft()):
+                    self._let_go(earlier)
             handles = [self._handle(tensor, layers_to_come) for tensor in tensors]
             self._last = tuple(weakref.ref(handle) for handle in handles)
+            self._leaving.append(self._last)
             return handles
 
     def restore(self, handle: Handle) -> Tensor:
         """The tensor of ``handle``; besides, those that backward needs next are sent on their way."""
         with self._lock:
             tensor = handle.source.restore() if handle.source else self._arrival(handle)
-            for earlier in _alive(handle.previous):
-                # Out of memory here is no failure yet: it is fetched when it is needed, when there may be more.
-                with contextlib.suppress(torch.OutOfMemoryError):
-                    self._fetch(earlier)
+            # Out of memory here is no failure yet: they are fetched when they are needed, when there may be more.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self._fetch_before(handle)
             return tensor
+
+    def _fetch_before(self, handle: Handle) -> None:
+        """Send for what ``depth`` calls of ``save`` before ``handle``'s sent away, the latest first."""
+        coming = handle.previous
+        for _ in range(self.depth):
+            earlier = list(_alive(coming))
+            for one in earlier:
+                self._fetch(one)
+            coming = earlier[0].previous if earlier else ()
 
     def _handle(self, tensor: Tensor, layers_to_come: int) -> Handle:
         known = self._by_id.get(id(tensor))

@@ -61,6 +61,8 @@ class Rings:
     def __init__(self, make: Callable[[torch.device], Ring | None], min_bytes: int = MIN_BYTES) -> None:
         self._make = make
         self._min_bytes = max(1, min_bytes)
+        self.depth = 1
+        """How many times a layer saves; see the ring."""
         self._rings: dict[torch.device, Ring | None] = {}
 
     def on(self, device: torch.device) -> Ring | None:
@@ -79,6 +81,7 @@ class Rings:
         for device, here in tensors.items():
             ring = self.on(device)
             if ring is not None:
+                ring.depth = self.depth
                 handles |= zip(here, ring.save(list(here.values()), layers_to_come), strict=True)
         return handles
 
