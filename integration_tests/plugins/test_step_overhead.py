@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import peft
@@ -36,6 +36,31 @@ def patched(model: Any) -> Any:
 
 def modes(model: nn.Module) -> dict[str, bool]:
     return {name: module.training for name, module in model.named_modules()}
+
+
+def walks(model: nn.Module) -> list[list[tuple[str, Any]]]:
+    """What every method gives that finds modules, parameters or buffers, by names and, across twins, by place."""
+    places: dict[int, int] = {}
+
+    def told(found: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        return [(name, places.setdefault(id(item), len(places))) for name, item in found]
+
+    return [
+        told(walk)
+        for walk in (
+            nn.Module.named_modules(model),
+            model.named_modules(),
+            model.named_modules(prefix="a.b"),
+            model.named_modules(remove_duplicate=False),
+            layers_of(model).named_modules(),
+            layers_of(model)[0].named_modules(),
+            (("", module) for module in model.modules()),
+            model.named_parameters(),
+            model.named_parameters(remove_duplicate=False),
+            (("", parameter) for parameter in model.parameters()),
+            model.named_buffers(),
+        )
+    ]
 
 
 def layers_of(model: Any) -> Any:
@@ -79,6 +104,75 @@ def test_modes_and_counts_are_those_of_the_walk(make: Callable[[], Any], change:
             assert mine.num_parameters(**arguments) == stock.num_parameters(**arguments)
 
 
+def rename(table: dict[str, Any], old: str, new: str) -> None:
+    table[new] = table.pop(old)
+
+
+RENAMED: dict[str, Callable[[Any], Any]] = {
+    "a last child renamed": lambda model: rename(layers_of(model)._modules, "1", "last"),
+    "a child that moved": lambda model: layers_of(model)[0].add_module("own", layers_of(model)._modules.pop("1")),
+    "no child": lambda model: setattr(layers_of(model)[0], "mlp", None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES | RENAMED)
+@pytest.mark.parametrize("make", [make_llama, make_lora])
+def test_modules_and_parameters_are_those_of_the_walk(make: Callable[[], Any], change: str) -> None:
+    stock, mine = make(), patched(make())
+    assert walks(mine) == walks(stock)
+    for model in (stock, mine):
+        (CHANGES | RENAMED)[change](model)
+    assert walks(mine) == walks(stock)
+    mine.zero_grad()
+
+
+def test_a_memo_is_read_and_filled_as_by_the_walk() -> None:
+    model = patched(make_lora())
+    layers = layers_of(model)
+    cases: list[list[nn.Module]] = [[], [layers], [layers[0]], [layers[1].mlp.act_fn], [nn.Linear(1, 1)]]
+    for known in cases:
+        mine, stock = set(known), set(known)
+        found = list(layers.named_modules(mine, "x"))
+        assert found == list(nn.Module.named_modules(layers, stock, "x"))
+        assert mine == stock
+    assert list(layers.named_modules(set(layers.modules()))) == []
+
+
+def test_few_modules_are_walked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patched(make_lora())
+    calls: list[nn.Module] = []
+    original = nn.Module.named_modules
+    monkeypatch.setattr(
+        nn.Module, "named_modules", lambda self, *a, **k: (calls.append(self), original(self, *a, **k))[1]
+    )
+    count = len(list(model.parameters()))
+    assert len(calls) < 12 < count
+
+
+class Hidden(nn.Module):
+    """Says that it is not there."""
+
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        return iter(())
+
+
+def test_lists_whose_class_overrides_named_modules_are_walked() -> None:
+    model: Any = nn.ModuleList(nn.ModuleList([nn.Dropout() for _ in range(20)]) for _ in range(2))
+    model[1].append(hidden := Hidden())
+    found = step_overhead.sloth_patch_model(model, Edits())
+    assert [f.subject for f in found if f.reason.startswith("named_modules")] == ["0"]
+    model[0].append(hidden)
+    assert hidden not in set(model.modules())
+    assert len(list(model.modules())) == 43
+    assert step_overhead.sloth_patch_model(nn.ModuleList([nn.ModuleList([hidden])]), Edits())[0].action == "skipped"
+
+
+def test_the_first_parameter_needs_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patched(make_lora())
+    monkeypatch.setattr(step_overhead.Parts, "stand", lambda self: pytest.fail("looked at all layers"))
+    assert next(model.parameters()) is model.get_input_embeddings().weight
+
+
 def test_few_modules_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     model = patched(make_lora())
     model.train()
@@ -115,7 +209,7 @@ def test_parts_whose_class_overrides_train_are_walked() -> None:
     model = nn.Sequential(*(nn.ModuleList([nn.Dropout() for _ in range(20)]) for _ in range(3)))
     model[1].append(own := Own())
     findings = step_overhead.sloth_patch_model(model, Edits())
-    assert [finding.subject for finding in findings] == ["0", "2"]
+    assert [f.subject for f in findings if f.reason.startswith("train()")] == ["0", "2"]
     model.eval().train()
     assert own.seen == [False, True]
     assert all(modes(model).values())
@@ -152,6 +246,7 @@ def test_a_copy_looks_after_itself() -> None:
     other.train()
     assert all(modes(other).values())
     assert not any(modes(model).values())
+    assert {id(module) for module in model.modules()}.isdisjoint(map(id, other.modules()))
     count = model.num_parameters()
     other.lm_head = nn.Identity()
     assert other.num_parameters() < count == model.num_parameters()
@@ -162,6 +257,7 @@ def test_undo_restores_every_attribute() -> None:
     sloth_backend.optimize(model, config={"print_report": False})
     found = sloth_backend.report(model).of(capability="step_overhead")
     assert [(f.action, f.subject, f.plugin) for f in found] == [
+        ("changed", "model.layers", "step_overhead"),
         ("changed", "model.layers", "step_overhead"),
         ("changed", "num_parameters", "step_overhead"),
     ]
