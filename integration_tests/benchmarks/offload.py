@@ -74,7 +74,7 @@ def compare(model: Any, tokens: int, steps: int) -> dict[str, Any]:
     """Both modes at one length, host first and once more at the end, so that a drifting clock shows."""
     host = measure(model, tokens, steps)
     run, edits = Run("user", SlothConfig(), torch.device("cuda:0")), Edits()
-    plugin.sloth_patch_model(model, run, plugin.sloth_memory_plan(model, run), edits)
+    plugin.sloth_patch_model(model, run, None, edits)
     offload = measure(model, tokens, steps)
     edits.rollback()
     again = measure(model, tokens, steps)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from integration_tests import numbers
+from sloth_kernels.attention_backends import flash4_function
 from sloth_kernels.attention_cases import case, make_call
 from sloth_kernels.op import Case
 from sloth_kernels.ops import attention as op
@@ -19,9 +21,11 @@ pytestmark = [
 ]
 
 CUDA = torch.device("cuda:0") if torch.cuda.is_available() else torch.device("cpu")
-KERNELS = ("cudnn", "flash", "efficient", "flash4", "sdpa", "eager")
-SMALL = [
-    *OP.cases(),
+FAST = ("cudnn", "flash", "efficient", *(["flash4"] if flash4_function() else []))
+"""What is chosen where it can be."""
+GENERAL = ("sdpa", "eager")
+"""What takes the shapes and masks that those do not."""
+LARGE = [
     case(batch=3, seq=257, heads=(8, 2), width=128),
     case("bool-left", batch=3, seq=257, heads=(8, 2), width=128),
     case("float-right", batch=3, seq=250, heads=(8, 2), width=64),
@@ -30,14 +34,25 @@ SMALL = [
     case(batch=2, seq=600, heads=(8, 2), width=64, window=128, sinks=True),
     case(batch=1, seq=384, heads=(4, 2), width=256),
 ]
+ODD = [
+    case("float-right-window4"),
+    case("bias"),
+    case(layout="strided"),
+    case(width=20, heads=(3, 1)),
+    case(width=(24, 16)),
+    case(keys=17),
+]
+SOFTCAP = [case(window=5, softcap=3.0), case(softcap=3.0, sinks=True)]
 FLEX = [
     case(batch=2, seq=300, heads=(4, 2), width=256, softcap=3.0),
     case(batch=2, seq=300, heads=(4, 2), width=128, softcap=3.0, window=100),
     case("bool-left", batch=2, seq=300, heads=(6, 2), width=64, softcap=3.0),
     case("float-right", batch=2, seq=300, heads=(4, 2), width=64, softcap=3.0),
-    case(layout="strided"),
-    case(causal=False, keys=17, width=(24, 16)),
 ]
+
+
+def _named(cases: Sequence[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases])
 
 
 class _Forced(torch.autograd.Function):
@@ -80,25 +95,36 @@ def _check(name: str, case: Case, dtype: torch.dtype) -> None:
     numbers.check(ours, stock, lambda: case.make(dtype, CUDA), OP.tolerance[dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in SMALL])
-def test_each_backend(name: str, case: Case, dtype: torch.dtype) -> None:
-    _check(name, case, dtype)
+@pytest.mark.parametrize("name", FAST)
+@_named([*OP.cases(), *LARGE])
+def test_each_backend(name: str, case: Case) -> None:
+    _check(name, case, torch.bfloat16)
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in FLEX])
+@pytest.mark.parametrize("name", FAST)
+@_named(LARGE)
+def test_each_backend_in_float16(name: str, case: Case) -> None:
+    _check(name, case, torch.float16)
+
+
+@pytest.mark.parametrize("name", GENERAL)
+@_named([*ODD, *SOFTCAP])
+def test_what_takes_the_rest(name: str, case: Case) -> None:
+    _check(name, case, torch.bfloat16)
+
+
+@_named(FLEX)
 def test_flex(case: Case) -> None:
     """Few cases: each form compiles."""
     _check("flex", case, torch.bfloat16)
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in SMALL])
+@_named([*LARGE, *ODD])
 def test_the_choice(case: Case) -> None:
     """Whatever is chosen obeys the numbers rule, and lays out its output token by token."""
-    args, kwargs = case.make(torch.bfloat16, CUDA)
-    assert attention(*args, **kwargs).transpose(1, 2).is_contiguous()
-    _check(op.choose(*args[:4], kwargs["spec"], args[4]).name, case, torch.bfloat16)
+    (q, k, v, mask, sinks), kwargs = case.make(torch.bfloat16, CUDA)
+    assert attention(q, k, v, mask, sinks, **kwargs).transpose(1, 2).is_contiguous()
+    _check(op.choose(q, k, v, mask, kwargs["spec"], sinks).name, case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("sinks", [False, True])

@@ -61,7 +61,7 @@ def train(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def offloaded(model: Any, **options: Any) -> Iterator[None]:
     """The plugin, alone, on ``model``; undone at the end."""
     run, edits = Run("user", SlothConfig(**options), torch.device("cuda:0")), Edits()
-    findings = plugin.sloth_patch_model(model, run, plugin.sloth_memory_plan(model, run), edits)
+    findings = plugin.sloth_patch_model(model, run, None, edits)
     assert any(finding.action == "changed" for finding in findings)
     yield
     edits.rollback()

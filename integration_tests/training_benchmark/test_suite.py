@@ -28,7 +28,8 @@ TRAINED = ("full", "finetune", "ctx")
 def in_this_process(job: run.Job, settings: run.Settings) -> list[results.Result]:
     """``run.launch`` without the seconds that a child takes to import."""
     folder = run.ensure_model(settings, work.get(job.workload))
-    found = measure.measure(job.contender, job.workload, folder, list(job.points), settings.tiny, settings.steps)
+    scale = settings.tiny, settings.steps, job.budget_gb
+    found = measure.measure(job.contender, job.workload, folder, list(job.points), *scale)
     return [{**result, "round": job.round} for result in found]
 
 
@@ -156,6 +157,68 @@ def test_contenders_are_interleaved_and_the_truth_runs_once() -> None:
     order = [(j.workload, j.round, j.contender) for j in run.jobs({"results": []}, ["full", "ctx"], who, 2, False)]
     assert order[:5] == [("full", 0, name) for name in who] + [("full", 1, "stock"), ("full", 1, "sloth")]
     assert ("ctx", 0, "stock-fp32") not in order
+
+
+# Within another's memory ----------------------------------------------------------------------------------------------
+
+
+def liger(round_: int, peak: float, **others: object) -> results.Result:
+    name = {"workload": "finetune", "contender": "liger", "round": round_, "batch": 2, "length": 64, "status": "ok"}
+    figures = {"step_seconds": 1.0, "tokens_per_second": 1.0, "reserved_gib": peak, "base_gib": 1.0, "losses": [1.0]}
+    return {**name, **figures, "peak_gib": peak, **others}
+
+
+def as_liger(out: Path, written: Path) -> list[str]:
+    scale = ["--scale", "tiny", "--steps", "2", "--rounds", "1", "--only", "finetune"]
+    return ["--out", str(out), "--work", str(written), *scale, "--contenders", "sloth-as-liger"]
+
+
+def test_without_the_other_s_result_it_waits_and_says_so(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "launch", lambda job, settings: pytest.fail(f"{job} has no budget"))
+    results.save(tmp_path, {"results": [{**liger(0, 3.0), "status": "oom"}], "absent": {}})
+    assert run.main(as_liger(tmp_path, written)) == 0
+    assert "finetune round 0 sloth-as-liger: waits for a result of liger" in capsys.readouterr().out
+    assert "waits for a result of liger" in (tmp_path / report.PAGE).read_text()
+
+
+def test_its_budget_is_the_other_s_latest_peak(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[run.Job] = []
+    monkeypatch.setattr(run, "launch", lambda job, settings: asked.append(job) or in_this_process(job, settings))
+    others = [liger(1, 2.5), {**liger(2, 9.0), "status": "error"}, {**liger(3, 7.0), "workload": "lora16"}]
+    waiting = {"sloth-as-liger": "waits for a result of liger"}
+    results.save(tmp_path, {"results": [liger(0, 3.0), *others], "absent": waiting})
+    run.main(as_liger(tmp_path, written))
+    suite = results.load(tmp_path)
+    (mine,) = [result for result in suite["results"] if result["contender"] == "sloth-as-liger"]
+    assert [job.budget_gb for job in asked] == [2.5 + contenders.DRIVER_GIB]
+    assert (mine["status"], mine["budget_gb"]) == ("ok", 2.5 + contenders.DRIVER_GIB)
+    assert "sloth-as-liger" not in suite["absent"]
+
+
+def test_the_budget_reaches_the_run() -> None:
+    contender = contenders.CONTENDERS["sloth-as-liger"]
+    assert contender.with_budget(3.1).options == {"vram_budget_gb": 3.1}
+    assert contenders.CONTENDERS["sloth"].with_budget(3.1).options == {}
+    with pytest.raises(ValueError, match="needs a budget"):
+        next(measure.measure("sloth-as-liger", "finetune", Path(), [(2, 64)], tiny=True))
+
+
+def test_a_child_is_told_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = run.Job("finetune", "sloth-as-liger", 0, ((2, 64),), 3.1)
+    told: list[tuple[object, ...]] = []
+    monkeypatch.setattr(measure, "measure", lambda *arguments: told.append(arguments) or [])
+    monkeypatch.setattr("sys.argv", run.measuring(job, Path("model"), run.Settings(tiny=True, steps=1))[2:])
+    measure.main()
+    assert told == [("sloth-as-liger", "finetune", Path("model"), [(2, 64)], True, 1, 3.1)]
+
+
+def test_it_runs_after_the_other_and_only_where_bars_ask_for_it() -> None:
+    order = list(run.jobs({"results": []}, ["full", "lora16", "finetune"], contenders.names("all"), 1, False))
+    assert [job.workload for job in order if job.contender == "sloth-as-liger"] == ["lora16", "finetune"]
+    names = [job.contender for job in order if job.workload == "lora16"]
+    assert names.index("liger") < names.index("sloth-as-liger")
 
 
 def test_what_is_not_installed_is_said(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from integration_tests.benchmarks.training.workloads import Workload
@@ -23,6 +23,8 @@ class Contender:
         package: what must be importable.
         options: the run's ``backend`` mapping, for ours.
         card_gib: the card to imitate: the process may hold this much, less what the driver takes.
+        within: the contender whose peak is its budget; it runs when that one has a result of the workload.
+        workloads: those it is for; all where there are none.
         truth: its losses are what the others' rounding is measured by; its figures are no contender's.
         steps: at most so many, where more would only cost time.
         colour: in the pictures.
@@ -33,6 +35,8 @@ class Contender:
     package: str
     options: dict[str, Any] = field(default_factory=dict)
     card_gib: float | None = None
+    within: str = ""
+    workloads: tuple[str, ...] = ()
     truth: bool = False
     steps: int | None = None
     colour: str = "#9aa0a6"
@@ -44,7 +48,21 @@ class Contender:
 
     def runs(self, workload: Workload) -> bool:
         """Whether it can run ``workload``: Axolotl brings its own loop; the truth is for the trainers' losses."""
+        if self.workloads and workload.name not in self.workloads:
+            return False
         return workload.loop == "trainer" or (self.kind != "axolotl" and not self.truth)
+
+    def with_budget(self, budget_gb: float | None) -> Contender:
+        """Itself, or where it trains within another's memory, itself with that as the run's ``vram_budget_gb``.
+
+        Raises:
+            ValueError: it trains within another's memory and none is given.
+        """
+        if not self.within:
+            return self
+        if budget_gb is None:
+            raise ValueError(f"{self.title} needs a budget: the peak GiB of {self.within} and {DRIVER_GIB} GiB more")
+        return replace(self, options={**self.options, "vram_budget_gb": budget_gb})
 
 
 def _sloth(title: str, colour: str, card_gib: float | None = None, **options: Any) -> Contender:
@@ -60,6 +78,14 @@ CONTENDERS = {
     "unsloth": Contender("Unsloth", "unsloth", "unsloth", colour="#4f7fb5"),
     "sloth": _sloth("sloth_backend", "#2f7d4f"),
     "sloth-fastest": _sloth("sloth_backend, fastest", "#17502f", memory="fastest"),
+    "sloth-as-liger": Contender(
+        "sloth_backend, within Liger's memory",
+        "sloth",
+        "sloth_backend",
+        within="liger",
+        workloads=("lora16", "finetune"),
+        colour="#49a06c",
+    ),
     "sloth-least": _sloth("sloth_backend, least memory", "#6fb38a", memory="least"),
     "sloth-16gb": _sloth("sloth_backend, 16 GB card", "#8fc9a6", card_gib=16),
     "sloth-24gb": _sloth("sloth_backend, 24 GB card", "#b3dcc3", card_gib=24),

@@ -1,7 +1,7 @@
 """One contender, one workload, one process: a line of JSON for each point, marked RESULT.
 
 usage: python -m integration_tests.benchmarks.training.measure CONTENDER WORKLOAD --model FOLDER [--tiny] [--steps N]
-           [--points 1x4096,1x8192]
+           [--points 1x4096,1x8192] [--budget GIB]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from integration_tests.benchmarks.training import loading, workloads
-from integration_tests.benchmarks.training.contenders import CONTENDERS
+from integration_tests.benchmarks.training.contenders import CONTENDERS, Contender
 from integration_tests.benchmarks.training.workloads import Point
 
 MARK = "RESULT "
@@ -24,7 +24,13 @@ HOME = __name__.rpartition(".")[0] if __name__ != "__main__" else "integration_t
 
 
 def measure(
-    name: str, workload: str, model: Path, points: list[Point], tiny: bool = False, steps: int | None = None
+    name: str,
+    workload: str,
+    model: Path,
+    points: list[Point],
+    tiny: bool = False,
+    steps: int | None = None,
+    budget_gb: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The results of one contender, each as soon as it is there; running out of memory is one, a failure another.
 
@@ -35,8 +41,12 @@ def measure(
         points: which of its figures.
         tiny: in the size of a test.
         steps: instead of the workload's own.
+        budget_gb: GiB that a contender which trains within another's memory may use.
+
+    Raises:
+        ValueError: the contender needs a budget and there is none.
     """
-    contender = CONTENDERS[name]
+    contender = CONTENDERS[name].with_budget(budget_gb)
     work = workloads.get(workload, tiny, steps, contender.steps)
     loading.first_imports(contender.kind)
     import torch
@@ -44,10 +54,12 @@ def measure(
     clock = importlib.import_module(f"{HOME}.clock")
     about = {"workload": workload, "contender": name, "device": clock.device_name()}
     about["versions"] = clock.versions(contender.kind)
+    if budget_gb is not None:
+        about["budget_gb"] = budget_gb
     left = list(points)
     try:
         loading.imitate_card(contender.card_gib)
-        for result in _run(name, work, model, points, tiny):
+        for result in _run(contender, work, model, points, tiny):
             left.remove((result["batch"], result["length"]))
             yield {**about, **result}
     except torch.OutOfMemoryError:
@@ -60,8 +72,9 @@ def measure(
         gc.collect()
 
 
-def _run(name: str, work: workloads.Workload, model: Path, points: list[Point], tiny: bool) -> Iterator[dict[str, Any]]:
-    contender = CONTENDERS[name]
+def _run(
+    contender: Contender, work: workloads.Workload, model: Path, points: list[Point], tiny: bool
+) -> Iterator[dict[str, Any]]:
     if contender.kind == "axolotl":
         return importlib.import_module(f"{HOME}.axolotl_runs").run(contender, work, model, points, tiny)
     return importlib.import_module(f"{HOME}.{work.loop}_runs").run(contender, work, model, points)
@@ -87,9 +100,11 @@ def main() -> None:
     parser.add_argument("--points", default="", help="batch x length, separated by commas; all without it")
     parser.add_argument("--tiny", action="store_true", help="the size of a test, for a CPU")
     parser.add_argument("--steps", type=int, help="instead of the workload's own")
+    parser.add_argument("--budget", type=float, help="GiB, for a contender that trains within another's memory")
     options = parser.parse_args()
     points = parse_points(options.points) or list(workloads.get(options.workload, options.tiny).points)
-    for result in measure(options.contender, options.workload, options.model, points, options.tiny, options.steps):
+    scale = options.tiny, options.steps, options.budget
+    for result in measure(options.contender, options.workload, options.model, points, *scale):
         print(MARK + json.dumps(result), flush=True)
 
 

@@ -10,10 +10,7 @@ usage: python -m integration_tests.benchmarks.training.profile_step CONTENDER WO
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -108,31 +105,15 @@ def trace_plain(name: str, workload: workloads.Workload, folder: Path, point: Po
 TRACES: dict[str, Callable[..., Tracer]] = {"trainer": trace_trainer, "plain": trace_plain}
 
 
-def name_kernels() -> None:
-    """Put the op's name before that of each of our kernels, which are called alike in several ops.
-
-    It counts for kernels that are compiled from then on, so ``main`` gives Triton an empty cache.
-    """
-    importlib.import_module("sloth_kernels.registry").load_ops()
-    jit_function = importlib.import_module("triton").JITFunction
-    modules = [module for name, module in sys.modules.items() if name.startswith("sloth_kernels.")]
-    for module in modules:
-        op = module.__name__.rpartition(".")[2]
-        for value in vars(module).values():
-            if isinstance(value, jit_function) and value.__module__ == module.__name__:
-                value._repr = lambda _, full=f"{op}{value.__name__}": full
-
-
 def main() -> None:
     """Profile one step and write the sums."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("contender", choices=[name for name, c in CONTENDERS.items() if c.kind != "axolotl"])
+    parser.add_argument("contender", choices=[n for n, c in CONTENDERS.items() if c.kind != "axolotl" and not c.within])
     parser.add_argument("workload", choices=workloads.WORKLOADS)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="a folder that models.py wrote; written if left out")
     parser.add_argument("--point", type=parse_points, help="batch x length; the workload's first without it")
     options = parser.parse_args()
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="profile-step-")
     loading.first_imports(CONTENDERS[options.contender].kind)
     import torch
 
@@ -142,8 +123,6 @@ def main() -> None:
     point = options.point[0] if options.point else workload.points[0]
     folder = options.model or run.ensure_model(run.Settings(), workload)
     loading.imitate_card(CONTENDERS[options.contender].card_gib)
-    if CONTENDERS[options.contender].ours:
-        name_kernels()
     tracer = TRACES[workload.loop](options.contender, workload, folder, point)
     write(options.out, f"profile-{options.contender}-{options.workload}", tracer)
 

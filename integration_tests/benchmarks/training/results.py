@@ -52,6 +52,17 @@ def missing(suite: Suite, workload: str, contender: str, round_: int, points: It
     return [point for point in points if (workload, contender, round_, point) not in done]
 
 
+def latest_peak(suite: Suite, workload: str, contender: str, points: Iterable[Point]) -> float | None:
+    """The peak GiB of the contender's latest result, the least of several points; None where one is not there yet."""
+    peaks = {
+        key(result)[3]: result["peak_gib"]
+        for result in suite["results"]
+        if key(result)[:2] == (workload, contender) and result["status"] == "ok"
+    }
+    found = [peaks.get(point) for point in points]
+    return None if None in found else min(peak for peak in found if peak is not None)
+
+
 @dataclass(frozen=True)
 class Figures:
     """The rounds of one contender at one point, as one.

@@ -20,11 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from integration_tests.benchmarks.training import contenders, judge, models, results, workloads
-from integration_tests.benchmarks.training.contenders import CONTENDERS
+from integration_tests.benchmarks.training.contenders import CONTENDERS, DRIVER_GIB
 from integration_tests.benchmarks.training.measure import MARK, format_points
 from integration_tests.benchmarks.training.results import Result, Suite
 from integration_tests.benchmarks.training.workloads import Point
@@ -47,12 +47,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One process: a contender's missing points of a workload in a round."""
+    """One process: a contender's missing points of a workload in a round, and the budget of one that has another's."""
 
     workload: str
     contender: str
     round: int
     points: tuple[Point, ...]
+    budget_gb: float | None = None
 
 
 def jobs(suite: Suite, asked: list[str], who: list[str], rounds: int, tiny: bool) -> Iterator[Job]:
@@ -98,17 +99,21 @@ def launch(job: Job, settings: Settings) -> list[Result]:
     except RuntimeError as error:
         return collect(job, str(error), "no model")
     kind = CONTENDERS[job.contender].kind
+    log = settings.work / "logs" / f"{job.workload}-{job.contender}-{job.round}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command, around = measuring(job, model, settings), environment(settings, kind)
+    with log.open("w") as file:
+        child = subprocess.Popen(command, env=around, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+        ending = _wait(child, settings.timeout)
+    return collect(job, log.read_text(errors="replace"), ending)
+
+
+def measuring(job: Job, model: Path, settings: Settings) -> list[str]:
+    """The child's command line."""
     command = [sys.executable, "-m", f"{PACKAGE}.measure", job.contender, job.workload]
     command += ["--model", str(model), "--points", format_points(list(job.points))]
     command += ["--tiny"] * settings.tiny + (["--steps", str(settings.steps)] if settings.steps else [])
-    log = settings.work / "logs" / f"{job.workload}-{job.contender}-{job.round}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        child = subprocess.Popen(
-            command, env=environment(settings, kind), cwd=ROOT, stdout=file, stderr=file, start_new_session=True
-        )
-        ending = _wait(child, settings.timeout)
-    return collect(job, log.read_text(errors="replace"), ending)
+    return command + (["--budget", str(job.budget_gb)] if job.budget_gb is not None else [])
 
 
 def _wait(child: subprocess.Popen[bytes], timeout: float) -> str:
@@ -147,12 +152,35 @@ def run_jobs(out: Path, todo: Iterator[Job], settings: Settings, seconds: float)
         if time.monotonic() - start > seconds:
             print(f"{seconds:g} s are over; the same command goes on from here", flush=True)
             return
-        done = launch(job, settings)
+        budgeted = with_budget(job, results.load(out))
+        if budgeted is None:
+            wait_for_another(out, job)
+            continue
+        done = launch(budgeted, settings)
         suite = results.load(out)
+        suite["absent"].pop(job.contender, None)
         for result in done:
             results.add(suite, result)
             print(describe(result), flush=True)
         results.save(out, suite)
+
+
+def with_budget(job: Job, suite: Suite) -> Job | None:
+    """The job with the memory that another contender took; None where that one has no result yet."""
+    within = CONTENDERS[job.contender].within
+    if not within:
+        return job
+    peak = results.latest_peak(suite, job.workload, within, job.points)
+    return None if peak is None else replace(job, budget_gb=peak + DRIVER_GIB)
+
+
+def wait_for_another(out: Path, job: Job) -> None:
+    """Say, here and in the file, that the job has no budget yet; a later call tries again."""
+    why = f"waits for a result of {CONTENDERS[job.contender].within}, whose memory is its budget, on {job.workload}"
+    print(f"{job.workload} round {job.round} {job.contender}: {why}", flush=True)
+    suite = results.load(out)
+    suite["absent"][job.contender] = why
+    results.save(out, suite)
 
 
 def describe(result: Result) -> str:
