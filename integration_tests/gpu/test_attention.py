@@ -10,7 +10,7 @@ import torch
 
 from integration_tests import numbers
 from sloth_kernels.attention_backends import flash4_function
-from sloth_kernels.attention_cases import case, make_call
+from sloth_kernels.cases.attention import case, make_call
 from sloth_kernels.op import Case
 from sloth_kernels.ops import attention as op
 from sloth_kernels.ops.attention import BACKENDS, OP, AttentionSpec, attention

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from integration_tests import numbers
 from sloth_kernels import attention_backends as kernels
-from sloth_kernels.attention_cases import make_call, make_mask
+from sloth_kernels.cases.attention import make_call, make_mask
 from sloth_kernels.op import Case
 from sloth_kernels.ops import attention as op
 from sloth_kernels.ops.attention import BACKENDS, OP, AttentionSpec, attention

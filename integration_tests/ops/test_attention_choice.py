@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from integration_tests import numbers
 from sloth_kernels import attention_backends as kernels
-from sloth_kernels.attention_cases import make_call
+from sloth_kernels.cases.attention import make_call
 from sloth_kernels.ops import attention as op
 from sloth_kernels.ops.attention import BACKENDS, AttentionSpec, attention
 

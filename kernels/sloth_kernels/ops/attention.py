@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from sloth_kernels import attention_backends as kernels
 from sloth_kernels.attention_backends import AttentionSpec, Backend, Inputs, band, token_major
-from sloth_kernels.attention_cases import cases, timings
+from sloth_kernels.cases.attention import cases, timings
 from sloth_kernels.op import Op
 
 

@@ -25,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch._C._autograd import _get_current_graph_task_keep_graph
 
-from sloth_kernels.cross_entropy_rows import BLOCK_V, TORCH_TEMPORARIES, torch_rows, triton_rows
+from sloth_kernels.cases.linear_cross_entropy import cases, timings
+from sloth_kernels.cross_entropy_rows import TORCH_TEMPORARIES, torch_rows, triton_rows
 from sloth_kernels.labelled_rows import LabelledRows
 from sloth_kernels.launch import cdiv, on_device_of, runs_triton, tl, triton
-from sloth_kernels.op import Call, Case, Op, Timing
+from sloth_kernels.op import Op
 from sloth_kernels.relief import with_relief
 
 LOGITS_BYTES = 512 * 2**20
@@ -314,72 +315,6 @@ def _check(
         raise ValueError(f"softcap must be positive, or None for no softcap; got {opt.softcap}")
     if opt.chunk_rows is not None and opt.chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, or None to follow from LOGITS_BYTES; got {opt.chunk_rows}")
-
-
-# Cases --------------------------------------------------------------------------------------------------------------
-
-
-def _case(
-    name: str,
-    shape: tuple[int, int, int],
-    *,
-    ignored: float = 0.0,
-    trained: str = "hw",
-    bias: bool = False,
-    **kwargs: Any,
-) -> Case:
-    """``trained`` names what needs a gradient: h(idden), w(eight), b(ias); hidden is a strided slice in every case."""
-
-    def make(dtype: torch.dtype, device: torch.device) -> Call:
-        n_tokens, n_hidden, n_vocab = shape
-        generator = torch.Generator(device).manual_seed(0)
-
-        def randn(*size: int, std: float) -> torch.Tensor:
-            return (torch.randn(*size, generator=generator, device=device) * std).to(dtype)
-
-        hidden_TH = randn(n_tokens, n_hidden + 8, std=1.0)[:, :n_hidden]
-        weight_VH = randn(n_vocab, n_hidden, std=2 * n_hidden**-0.5)
-        labels_T = torch.randint(n_vocab, (n_tokens,), generator=generator, device=device)
-        labels_T[torch.rand(n_tokens, generator=generator, device=device) < ignored] = kwargs.get("ignore_index", -100)
-        bias_V = randn(n_vocab, std=1.0).requires_grad_("b" in trained) if bias else None
-        args = (hidden_TH.requires_grad_("h" in trained), weight_VH.requires_grad_("w" in trained), labels_T, bias_V)
-        return args, kwargs
-
-    return Case(name, make)
-
-
-def cases() -> list[Case]:
-    """Odd sizes, single rows, several chunks, every epilogue, and each choice of what trains."""
-    return [
-        _case("odd", (252, 123, 507)),
-        _case("small", (5, 64, 33)),
-        _case("one_row", (1, 40, 129)),
-        _case("frozen_head", (37, 64, 300), trained="h"),
-        _case("head_alone", (37, 64, 300), trained="wb", bias=True),
-        _case("ignored", (252, 123, 507), ignored=0.6, chunk_rows=48),
-        _case("all_ignored", (9, 32, 65), ignored=1.1, trained="hwb", bias=True),
-        _case("own_ignore_index", (60, 48, 97), ignored=0.3, ignore_index=0),
-        _case("bias", (70, 48, 97), trained="hwb", bias=True, chunk_rows=32),
-        _case("scale", (70, 48, 257), scale=0.0625),
-        _case("softcap", (70, 48, 257), softcap=3.0, trained="h"),
-        _case(
-            "everything", (131, 72, 1031), ignored=0.2, trained="hwb", bias=True, scale=2.5, softcap=5.0, chunk_rows=50
-        ),
-        _case("several_blocks", (20, 32, 2 * BLOCK_V + 77), ignored=0.2, chunk_rows=8),
-    ]
-
-
-def timings() -> list[Timing]:
-    """Llama 3's head, frozen and trained, and a long pass over a vocabulary of 32,000."""
-    shapes = [
-        ("frozen_head_128k", (4096, 4096, 128256), "h", 2),
-        ("trained_head_128k", (4096, 4096, 128256), "hw", 3),
-        ("frozen_head_32k_long", (16384, 4096, 32000), "h", 2),
-    ]
-    return [
-        Timing(_case(name, (t, h, v), trained=trained), flops=products * 2 * t * h * v)
-        for name, (t, h, v), trained, products in shapes
-    ]
 
 
 OP = Op("linear_cross_entropy", linear_cross_entropy, reference, cases, timings)

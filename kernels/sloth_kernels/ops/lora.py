@@ -55,9 +55,9 @@ from sloth_kernels.adapters import (
     operands_of,
     plan_of,
 )
+from sloth_kernels.cases.lora import Scales, cases, dense_linears, timings
 from sloth_kernels.dropout import drop, generator_of, replaying
 from sloth_kernels.frozen_weight import DenseWeight, Weight
-from sloth_kernels.lora_cases import Scales, cases, dense_linears, timings
 from sloth_kernels.op import Op
 from sloth_kernels.products import Casts, add_product, in_dtype, product, rows, split, stacked
 
