@@ -57,14 +57,20 @@ class Linears(NamedStage):
 
     def workspace(self, tokens: int) -> int:
         """The largest dense weight that is made for its product."""
-        sizes = [2 * math.prod(linear.weight.shape) for linear in self.read() if isinstance(linear.weight, Weight4bit)]
-        return max(sizes, default=0)
+        return max((2 * math.prod(linear.weight.shape) for linear in self._in_4bit()), default=0)
 
     def traffic(self) -> float:
         """Bytes that move when its 4-bit weights are made dense."""
-        return DENSE_TRAFFIC * sum(
-            2 * math.prod(linear.weight.shape) for linear in self.read() if isinstance(linear.weight, Weight4bit)
-        )
+        return DENSE_TRAFFIC * sum(2 * math.prod(linear.weight.shape) for linear in self._in_4bit())
+
+    def dense_bytes(self) -> int:
+        """Bytes of the dense copies that its group would keep, in 16 bits, with the adapters' columns."""
+        linears = self._in_4bit()
+        columns = self.group.columns(linears)
+        return sum(2 * linear.weight.shape[0] * (linear.weight.shape[1] + columns) for linear in linears)
+
+    def _in_4bit(self) -> list[LoraLinear]:
+        return [linear for linear in self.read() if isinstance(linear.weight, Weight4bit)]
 
     def bind(self, autocast: torch.dtype | None) -> BoundLinears:
         """With the adapters that are active."""
@@ -78,11 +84,12 @@ class BoundLinears:
         self.stage, self.linears, self.autocast = stage, linears, autocast
         self.by_kind = operands_of(linears)
         self.operands = flattened(self.by_kind)
+        self.plan: Any = None
         self.draws: Any = None
         self.residual_dtype = torch.float32
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[Any, ...]:
-        plan = plan_of(self.linears, x.shape, x.dtype, self.autocast)
+        self.plan = plan = plan_of(self.linears, x.shape, x.dtype, self.autocast)
         if residual is not None:
             self.residual_dtype = residual.dtype
         if self._joins(plan, x.dtype):
@@ -123,8 +130,7 @@ class BoundLinears:
         self, values: Mapping[str, Any], dys: Sequence[Any], dxs: Sequence[Any], wants: Sequence[bool]
     ) -> Grads:
         x, banks_t = (values[name] for name in self.stage.needs)
-        plan = plan_of(self.linears, x.shape, x.dtype, self.autocast)
-        reads = len(self.stage.reads)
+        plan, reads = self.plan, len(self.stage.reads)
         needs = Operands.of(plan, list(wants[reads:]))
         pairs = zip(dys, plan.dtypes, strict=False)
         own = [None if dy is None else in_dtype(dy, y_dtype) for dy, (_, y_dtype) in pairs]

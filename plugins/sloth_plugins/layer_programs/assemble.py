@@ -11,7 +11,6 @@ from torch import nn
 
 from sloth_backend.roles import Role
 from sloth_kernels.dense_cache import DenseGroup
-from sloth_kernels.frozen_weight import Weight4bit
 from sloth_kernels.linears import Linears
 from sloth_kernels.op import Op
 from sloth_kernels.ops.attention import AttentionSpec
@@ -48,13 +47,7 @@ class LayerProgram:
 
     def dense_bytes(self) -> int:
         """Bytes of the dense copies of all 4-bit weights, in 16 bits, with their adapters' columns."""
-        total = 0
-        for stage in self.program.stages:
-            if isinstance(stage, Linears):
-                linears = [linear for linear in stage.read() if isinstance(linear.weight, Weight4bit)]
-                columns = DenseGroup.columns(linears)
-                total += sum(2 * linear.weight.shape[0] * (linear.weight.shape[1] + columns) for linear in linears)
-        return total
+        return sum(stage.dense_bytes() for stage in self.program.stages if isinstance(stage, Linears))
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import types
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
 from sloth_backend.findings import Edits
-
-FUNCTION, SETTER = "_gradient_checkpointing_func", "_set_gradient_checkpointing"
+from sloth_plugins.offloaded_checkpointing.seam import FUNCTION, SETTER, follow_setter
 
 
 def directly(run_the_layer: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
@@ -38,18 +34,5 @@ def leave_alone(model: nn.Module, layers: Sequence[nn.Module], edits: Edits) -> 
 
     edits.on_undo(put_back)
     if hasattr(model, SETTER):
-        edits.set(model, SETTER, types.MethodType(_followed_by(put, model), model))
+        follow_setter(model, put, edits)
     put()
-
-
-def _followed_by(put: Callable[[], None], model: nn.Module) -> Callable[..., None]:
-    original, owner = getattr(model, SETTER).__func__, weakref.ref(model)
-
-    @functools.wraps(original)
-    def _set_gradient_checkpointing(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        # A deep copy of the model brings this method along, but its layers are others.
-        if self is owner():
-            put()
-
-    return _set_gradient_checkpointing

@@ -7,12 +7,12 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from sloth_backend import plan as plans
 from sloth_backend.budget import agreed, device_budget, host_budget
@@ -22,6 +22,7 @@ from sloth_backend.plan import Cached, Costs, Level, MemoryPlan
 from sloth_backend.run import Run
 from sloth_kernels.adapters import autocast_dtype
 from sloth_kernels.dense_cache import DenseCache
+from sloth_kernels.linears import DENSE_TRAFFIC
 from sloth_kernels.ops.linear_cross_entropy import LOGITS_BYTES, rows_per_chunk
 from sloth_kernels.program import INPUT, Park
 from sloth_plugins.kernel_patching.loss import limit_logits
@@ -29,7 +30,7 @@ from sloth_plugins.layer_programs.assemble import LayerProgram
 from sloth_plugins.layer_programs.costs import BYTES, Estimate, Shape, levels_of, parkable, widths
 from sloth_plugins.layer_programs.probe import evaluating
 from sloth_plugins.offloaded_checkpointing.ring import Handle, Kept
-from sloth_plugins.offloaded_checkpointing.seam import Rings
+from sloth_plugins.offloaded_checkpointing.seam import Rings, held_by
 
 CAPABILITY = "memory_plan"
 SETTLED = 6
@@ -122,6 +123,8 @@ class Passes:
         self.plans: dict[Shape, Chosen] = {}
         self.shape: Shape | None = None
         self.plan: MemoryPlan | None = None
+        self.to_come: list[int] = []
+        """How many values of this pass go to host memory from each layer on."""
         self.last = -1
         """The layer that ran last: a pass is over when one that is not above it runs."""
         self.count = 0
@@ -194,8 +197,10 @@ class Passes:
         first = shape not in self.plans
         self.plan, self.shape = self.planned(shape, x.device), shape
         self.cache.hold(self.plan.cached_layers)
+        away = [len(level.offloaded) for level in self.plan.levels]
+        self.to_come = list(accumulate(reversed(away)))[::-1]
         if self.rings is not None:
-            self.rings.depth = max([1, *(len(level.offloaded) for level in self.plan.levels)])
+            self.rings.depth = max([1, *away])
         limit_logits(self.plans[shape].loss_tile)
         self.count += 1
         if first and len(self.plans) == 1:
@@ -206,33 +211,18 @@ class Passes:
 
     def _offloading(self, level: Level, index: int, x: torch.Tensor) -> Any:
         """Saved-tensor hooks that hand the layer's input to a ring, where its level says so."""
-        if self.rings is None:
+        if self.rings is None or not self.to_come[0]:
             return nullcontext()
-        assert self.plan is not None
-        to_come = self._to_come(index) if INPUT in level.offloaded else 0
-        if not any(other.offloaded for other in self.plan.levels):
-            return nullcontext()
-        handles = self.rings.save((x,), to_come)
-
-        def pack(tensor: torch.Tensor) -> Handle | Kept:
-            handle = handles.get(id(tensor))
-            return handle if handle is not None and handle.is_for(tensor) else Kept(tensor)
-
-        return saved_tensors_hooks(pack, lambda held: held.restore())
-
-    def _to_come(self, index: int) -> int:
-        """How many values of this pass go to host memory from layer ``index`` on."""
-        assert self.plan is not None
-        return sum(len(level.offloaded) for level in self.plan.levels[index:])
+        return held_by(self.rings, (x,), self.to_come[index] if INPUT in level.offloaded else 0)
 
     def _park(self, level: Level, index: int) -> Park | None:
         """The way of kept values to host memory, where the level sends some."""
-        names, rings = level.offloaded - {INPUT}, self.rings
+        names, rings, to_come = level.offloaded - {INPUT}, self.rings, self.to_come[index]
         if not names or rings is None:
             return None
 
         def put(value: torch.Tensor) -> Handle | Kept:
-            return rings.save((value,), self._to_come(index)).get(id(value)) or Kept(value)
+            return rings.save((value,), to_come).get(id(value)) or Kept(value)
 
         return Park(names, put)
 
@@ -270,8 +260,8 @@ class Passes:
             fixed_bytes=self._fixed(device),
             head_bytes=0,
             forward_bytes=max(forward for _, forward in known.values()),
-            # Made twice a pass from a quarter of their bytes, and written each time.
-            cached=Cached(dense, tuple(2 * 1.27 * size / BYTES for size in dense)) if any(dense) else None,
+            # Made twice a pass.
+            cached=Cached(dense, tuple(2 * DENSE_TRAFFIC * size / BYTES for size in dense)) if any(dense) else None,
         )
 
     def _fixed(self, device: torch.device) -> int:

@@ -114,13 +114,7 @@ class LayerCheckpoint:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.host(function, *args, **kwargs)
         # Before the layer runs, so that the copy has all of its forward to finish.
-        handles = self.rings.save(args, self.layers_to_come)
-
-        def pack(tensor: Tensor) -> Handle | Kept:
-            handle = handles.get(id(tensor))
-            return handle if handle is not None and handle.is_for(tensor) else Kept(tensor)
-
-        with saved_tensors_hooks(pack, _restore):
+        with held_by(self.rings, args, self.layers_to_come):
             return self.host(function, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Callable[..., Any]]]:
@@ -145,8 +139,9 @@ class Seam:
     def install(self, edits: Edits) -> None:
         """Take effect; whatever has been set by the time of undo, the host's own functions come back."""
         model = self.model()
+        assert model is not None
         edits.on_undo(self.unwrap)
-        edits.set(model, SETTER, types.MethodType(_override(self, getattr(model, SETTER).__func__), model))
+        follow_setter(model, self.wrap, edits)
         self.wrap()
 
     def wrap(self) -> None:
@@ -176,15 +171,29 @@ def host_bytes(model: nn.Module) -> int:
     return sum(ring.bytes_held for ring in rings)
 
 
-def _override(seam: Seam, original: Callable[..., None]) -> Callable[..., None]:
+def held_by(rings: Rings, inputs: tuple[object, ...], layers_to_come: int) -> saved_tensors_hooks:
+    """Save ``inputs`` with ``rings`` now; what autograd saves of them under these hooks is a ring's handle."""
+    handles = rings.save(inputs, layers_to_come)
+
+    def pack(tensor: Tensor) -> Handle | Kept:
+        handle = handles.get(id(tensor))
+        return handle if handle is not None and handle.is_for(tensor) else Kept(tensor)
+
+    return saved_tensors_hooks(pack, _restore)
+
+
+def follow_setter(model: nn.Module, action: Callable[[], None], edits: Edits) -> None:
+    """Run ``action`` whenever the host has set checkpointing functions on the layers of ``model``."""
+    original, owner = getattr(model, SETTER).__func__, weakref.ref(model)
+
     @functools.wraps(original)
     def _set_gradient_checkpointing(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        # A deep copy of the model brings this method along, but has no plan.
-        if self is seam.model():
-            seam.wrap()
+        # A deep copy of the model brings this method along, but the action is about the original's layers.
+        if self is owner():
+            action()
 
-    return _set_gradient_checkpointing
+    edits.set(model, SETTER, types.MethodType(_set_gradient_checkpointing, model))
 
 
 def _host_function(function: Callable[..., Any]) -> Callable[..., Any]:
