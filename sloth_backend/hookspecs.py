@@ -91,5 +91,14 @@ def sloth_patch_model(
 
 
 @hookspec
+def sloth_patch_trainer(trainer: object, model: nn.Module, run: Run, edits: Edits) -> list[Finding] | None:
+    """Called in phase C, after the model was patched, where the host is a ``transformers.Trainer``.
+
+    ``trainer`` is complete but has not trained; its optimizer may not be there yet. Methods are replaced on this
+    instance alone and taken back through ``edits``, which must not keep the trainer alive.
+    """
+
+
+@hookspec
 def sloth_report(run: Run, report: Report) -> None:
     """Called at the end of phase C with everything that was found; for logging and tracking."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from sloth_kernels.op import Op
 
 BUILTIN = (
+    "optimizer_step",
+    "batch_fusion",
     "kernel_patching",
     "offloaded_checkpointing",
     "tokenizer_healing",
@@ -35,7 +37,7 @@ BUILTIN = (
 )
 """The plugins that ship with the backend, in the order in which they are registered."""
 
-_FINDING_HOOKS = ("sloth_heal_tokenizer", "sloth_fix_embeddings", "sloth_patch_model")
+_FINDING_HOOKS = ("sloth_heal_tokenizer", "sloth_fix_embeddings", "sloth_patch_model", "sloth_patch_trainer")
 
 
 class SlothPluginError(RuntimeError):
@@ -123,6 +125,10 @@ class SlothManager:
         """See ``sloth_patch_model``."""
         answers = self.pm.hook.sloth_patch_model(model=model, run=run, ops=ops, roles=roles, plan=plan, edits=edits)
         return _flatten(answers)
+
+    def patch_trainer(self, trainer: object, model: nn.Module, run: Run, edits: Edits) -> list[Finding]:
+        """See ``sloth_patch_trainer``."""
+        return _flatten(self.pm.hook.sloth_patch_trainer(trainer=trainer, model=model, run=run, edits=edits))
 
     def report(self, run: Run, report: Report) -> None:
         """See ``sloth_report``."""

@@ -33,23 +33,38 @@ FIXED_BYTES = {
 PAGED = "paged_"
 """Optimizers of this prefix keep their state in unified memory, which leaves the device when it is short."""
 
+BNB_EIGHT_BIT, TORCHAO_EIGHT_BIT = "_8bit", "adamw_torch_8bit"
+"""Names that end so are bitsandbytes', but for one; the Trainer has it keep the state of embeddings in 32 bits."""
+
 STATES = {"adagrad": 1, "rmsprop": 1, "schedule_free_sgd": 1}
 """Optimizer -> tensors of the parameter's own dtype and size; all that are not named here keep Adam's two."""
 ADAM_STATES = 2
 
 
-def state_bytes(optimizer: str, parameters: Iterable[torch.nn.Parameter]) -> float:
+def state_bytes(
+    optimizer: str, parameters: Iterable[torch.nn.Parameter], embeddings: Iterable[torch.nn.Parameter] = ()
+) -> float:
     """Bytes of optimizer state for each entry of ``parameters``, the mean over those that train.
 
     Args:
         optimizer: its name, as in ``TrainingArguments.optim``; an unknown one counts as AdamW.
-        parameters: of the model; 4 bytes an entry are taken where none of them trains.
+        parameters: of the model; where none of them trains, one in float32 is taken to.
+        embeddings: those of ``parameters`` that are weights of an ``nn.Embedding``.
     """
     if optimizer.startswith(PAGED):
         return 0.0
-    if optimizer in FIXED_BYTES:
-        return FIXED_BYTES[optimizer]
-    trained = [(p.numel(), p.itemsize) for p in parameters if p.requires_grad]
+    of_embeddings = {id(p) for p in embeddings}
+    trained = [
+        (p.numel(), _entry_bytes(optimizer, p.itemsize, id(p) in of_embeddings)) for p in parameters if p.requires_grad
+    ]
     count = sum(numel for numel, _ in trained)
-    itemsize = sum(numel * size for numel, size in trained) / count if count else 4.0
-    return STATES.get(optimizer, ADAM_STATES) * itemsize
+    return sum(numel * size for numel, size in trained) / count if count else _entry_bytes(optimizer, 4, False)
+
+
+def _entry_bytes(optimizer: str, itemsize: int, is_embedding: bool) -> float:
+    fixed = FIXED_BYTES.get(optimizer)
+    if fixed is None:
+        return STATES.get(optimizer, ADAM_STATES) * itemsize
+    if is_embedding and optimizer.endswith(BNB_EIGHT_BIT) and optimizer != TORCHAO_EIGHT_BIT:
+        return 4.0 * round(fixed / EIGHT_BIT)
+    return fixed

@@ -74,8 +74,8 @@ def after_load(session: Session, model: nn.Module, tokenizer: PreTrainedTokenize
         _attach(session, model)
 
 
-def before_train(session: Session, model: nn.Module) -> None:
-    """Phase C: patch the model that will train, print and publish the report."""
+def before_train(session: Session, model: nn.Module, trainer: object | None = None) -> None:
+    """Phase C: patch the model that will train, and its trainer where there is one; print and publish the report."""
     session.run = replace(session.run, **describe_model(base_model(model)))
     manager, target = session.manager, base_model(model)
     with _all_or_nothing(session):
@@ -83,6 +83,8 @@ def before_train(session: Session, model: nn.Module) -> None:
         session.findings += manager.patch_model(
             target, session.run, manager.ops(), manager.roles(), plan, session.edits
         )
+        if trainer is not None:
+            session.findings += manager.patch_trainer(trainer, target, session.run, session.edits)
         _attach(session, model)
         report = session.report()
         manager.report(session.run, report)

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sloth_kernels.attention_backends import Inputs, band, repeated
+from sloth_kernels.attention_backends import repeated
+from sloth_kernels.attention_inputs import Inputs, band
 from sloth_kernels.cases.attention import make_call
 from sloth_kernels.ops import attention as op
 from sloth_kernels.ops.attention import BACKENDS, AttentionSpec

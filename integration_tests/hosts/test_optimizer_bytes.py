@@ -69,13 +69,23 @@ def test_mixed_dtypes_are_averaged_and_unknown_names_count_as_adam() -> None:
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({}, 8.0), ({"optim": "paged_adamw_8bit"}, 0.0), ({"optim": "adafactor"}, 0.0), ({"optim": "adamw_8bit"}, 2.1)],
+    [({}, 8.0), ({"optim": "paged_adamw_8bit"}, 0.0), ({"optim": "adafactor"}, 0.0), ({"optim": "lion_32bit"}, 4.0)],
 )
 def test_trl_says_what_its_optimizer_keeps(options: dict[str, Any], told: float, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, **options)
     session = find_session(trainer.model)
     assert session is not None
     assert session.run.optimizer_bytes == told
+
+
+def test_8_bit_optimizers_keep_embeddings_in_32_bits(tmp_path: Path) -> None:
+    """As the Trainer asks bitsandbytes to, for every ``nn.Embedding``."""
+    trainer = make_trainer(tmp_path, optim="adamw_8bit")
+    embedding = trainer.model.get_input_embeddings().weight.numel()
+    rest = sum(p.numel() for p in trainer.model.parameters()) - embedding
+    session = find_session(trainer.model)
+    assert session is not None
+    assert session.run.optimizer_bytes == pytest.approx((8.0 * embedding + 2.1 * rest) / (embedding + rest))
 
 
 def test_an_optimizer_of_the_users_making_counts_as_adam(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_window_is_that_of_transformers() -> None:
     overlay = pytest.importorskip("transformers.masking_utils").sliding_window_overlay(5)
     (q, k, *_), _ = _call()
     theirs = [[j <= i and overlay(0, 0, i, j) for j in range(13)] for i in range(13)]
-    assert kernels.band(q, k, AttentionSpec(1.0, window=5)).tolist() == theirs
+    assert op.band(q, k, AttentionSpec(1.0, window=5)).tolist() == theirs
 
 
 # Rows without keys, gradients of masks, dropout ---------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from integration_tests import numbers
 from sloth_kernels import attention_backends as kernels
 from sloth_kernels.cases.attention import make_call
+from sloth_kernels.documents import DocumentMask, Documents
 from sloth_kernels.ops import attention as op
 from sloth_kernels.ops.attention import BACKENDS, AttentionSpec, attention
 
@@ -93,6 +94,45 @@ def test_choice_on_cuda(
         assert op.choose(q, k, v, mask, AttentionSpec(0.1, **spec), sinks).name == expected
 
 
+DOCUMENTS = [
+    ("varlen", (5, 8), {}, (), {}),
+    ("varlen", (5, 8), {"window": 3, "dropout": 0.1}, (), {"sinks": True}),
+    ("apart", (5, 8), {}, ("varlen",), {}),
+    ("flex_documents", (5, 8), {"softcap": 50.0}, (), {}),
+    ("apart", (5, 8), {"softcap": 50.0}, (), {"sinks": True}),
+    ("apart", (5, 8), {}, (), {"dtype": torch.float32}),
+    ("apart", (5, 8), {}, (), {"width": 20}),
+    ("apart", (6, 6), {}, (), {}),
+    ("apart", (6, 6), {"softcap": 50.0}, (), {}),
+    ("apart", (13,), {"window": 3}, (), {"sinks": True}),
+]
+
+
+@pytest.mark.parametrize(("expected", "lengths", "spec", "without", "sizes"), DOCUMENTS)
+def test_choice_for_documents_on_cuda(
+    expected: str,
+    lengths: tuple[int, ...],
+    spec: dict[str, Any],
+    without: tuple[str, ...],
+    sizes: dict[str, Any],
+    all_allowed: Callable[..., Any],
+) -> None:
+    all_allowed(*without, *(() if "softcap" in spec else ("flex_documents",)))
+    dtype, seq, width = sizes.get("dtype", torch.bfloat16), sum(lengths), sizes.get("width", 64)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, seq, n, width, dtype=dtype, device="cuda").transpose(1, 2) for n in (4, 2, 2))
+        mask = DocumentMask(Documents(lengths, "cuda"))
+        sinks = torch.empty(4, device="cuda") if sizes.get("sinks") else None
+        assert op.choose(q, k, v, mask, AttentionSpec(0.1, **spec), sinks).name == expected
+
+
+def test_flex_takes_documents_for_a_softcap_alone() -> None:
+    (q, k, v, mask, _), _ = make_call(torch.float32, CPU, AttentionSpec(0.3), 1, 13, (4, 2), (16, 16), "documents-5-8")
+    for softcap in (None, 3.0):
+        x = op.inputs_of(q, k, v, mask, None, AttentionSpec(0.3, softcap))
+        assert BACKENDS["flex_documents"].allows(x) is (softcap is not None)
+
+
 def test_choice_is_made_once_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     allows = lambda x: asked.append(x) is None
@@ -145,7 +185,7 @@ def test_flash4_is_used_only_where_installed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_preferred_backend_exists_and_the_last_takes_all() -> None:
-    for names in (*op.PREFERENCE.values(), op.ELSEWHERE):
+    for names in (*op.PREFERENCE.values(), op.ELSEWHERE, op.DOCUMENTS_ELSEWHERE):
         assert set(names) <= set(BACKENDS)
         assert names[-1] == "eager"
 

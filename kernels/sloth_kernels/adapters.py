@@ -5,13 +5,15 @@ Shapes: K inputs, N outputs, R the ranks of all adapters of a bank.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, reduce
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from sloth_kernels.frozen_weight import Weight
+from sloth_kernels.frozen_weight import Weight, Weight4bit
 
 T = TypeVar("T")
 
@@ -66,6 +68,8 @@ class Plan(NamedTuple):
     banks: tuple[Bank, ...]
     drops: bool
     """Whether any bank has dropout."""
+    dtype: torch.dtype | None
+    """Of all products and sums, where they share one and the adapters are one bank without dropout; else None."""
 
 
 class Operands(NamedTuple, Generic[T]):
@@ -113,10 +117,40 @@ def flattened(operands: Operands[Any]) -> list[torch.Tensor | None]:
     return [*(weight.trained for weight in operands.weights), *operands.biases, *operands.As, *operands.Bs]
 
 
+class Siblings:
+    """Linears that share an input under one autocast, with what follows from them for as long as they are the same."""
+
+    __slots__ = ("_plans", "autocast", "flat", "in_4bit", "linears", "operands")
+
+    def __init__(self, linears: Sequence[LoraLinear], autocast: torch.dtype | None) -> None:
+        self.linears, self.autocast = tuple(linears), autocast
+        self.operands = operands_of(linears)
+        self.flat = flattened(self.operands)
+        self.in_4bit = all(isinstance(linear.weight, Weight4bit) for linear in linears)
+        self._plans: dict[tuple[int, torch.dtype], Plan] = {}
+
+    def are(self, linears: Sequence[LoraLinear], autocast: torch.dtype | None) -> bool:
+        """Whether they are these very objects."""
+        own = self.linears
+        return autocast == self.autocast and len(linears) == len(own) and all(map(operator.is_, linears, own))
+
+    def plan(self, x: torch.Tensor) -> Plan:
+        """How to compute them of ``x``; raises what ``plan_of`` does."""
+        key = x.shape[-1], x.dtype
+        if key not in self._plans:
+            self._plans[key] = plan_of(self.linears, x.shape, x.dtype, self.autocast)
+        return self._plans[key]
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """What autocast computes in on x's device; None where it is off."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Autocast off on x's device; free where it is off already."""
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
 def plan_of(
@@ -155,6 +189,8 @@ def _plan(forms: tuple[Any, ...], n_in: int | None, autocast: torch.dtype | None
             y_dtype = torch.promote_types(y_dtype, autocast)
         dtypes.append((product_dtype, y_dtype))
         sum_dtypes.append(reduce(torch.promote_types, [computed_in[j] for j in own[i]] + [y_dtype], product_dtype))
+    banks, drops = _banks(adapters, computed_in, drop_dtypes), any(adapter[4] for adapter in adapters)
+    used = {*computed_in, *sum_dtypes, *(dtype for pair in dtypes for dtype in pair)}
     return Plan(
         shapes=tuple(form[0] for form in forms),
         dtypes=tuple(dtypes),
@@ -163,8 +199,9 @@ def _plan(forms: tuple[Any, ...], n_in: int | None, autocast: torch.dtype | None
         owners=owners,
         own=own,
         scales=tuple(adapter[3] for adapter in adapters),
-        banks=_banks(adapters, computed_in, drop_dtypes),
-        drops=any(adapter[4] for adapter in adapters),
+        banks=banks,
+        drops=drops,
+        dtype=used.pop() if len(used) == 1 and len(banks) <= 1 and not drops else None,
     )
 
 

@@ -6,6 +6,7 @@ dropout's generator, a few bytes on either device. Neither uses autograd. A diff
 autograd follows.
 
 Shapes: q (B, Hq, S, D), k (B, Hk, T, D), v (B, Hk, T, E), mask broadcastable to (B, Hq, S, T), out (B, Hq, S, E).
+The ways of documents, rows laid end to end, are in ``attention_documents``.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sloth_kernels.attention_inputs import Inputs
 from sloth_kernels.launch import cdiv
 
 aten = torch.ops.aten
@@ -32,52 +34,12 @@ CUDNN_MASKED = -65504.0
 
 
 @dataclass(frozen=True)
-class AttentionSpec:
-    """What a model's attention computes; hashable.
-
-    ``softcap`` (Gemma 2): scores become softcap tanh(score / softcap) before the mask. ``causal`` and ``window`` say
-    what holds where no mask is given: query i sees the keys j <= i, of which a window leaves i - window < j. Where one
-    is given it says everything. ``dropout`` drops probabilities: 0 outside training.
-    """
-
-    scale: float
-    softcap: float | None = None
-    causal: bool = True
-    window: int | None = None
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.window is not None and (self.window < 1 or not self.causal):
-            raise ValueError(
-                f"attention: window={self.window}, causal={self.causal}; expected a causal window of at least 1 key: "
-                "give any other pattern as a mask"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"attention: dropout={self.dropout}; expected at least 0 and less than 1")
-
-
-class Inputs(NamedTuple):
-    """One call as a backend reads it; ``form`` is "full", "causal", "window" or "mask"."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    sinks: Tensor | None
-    spec: AttentionSpec
-    form: str
-
-    @property
-    def causal(self) -> bool:
-        return self.form == "causal"
-
-
-@dataclass(frozen=True)
 class Backend:
     """A kernel and what it takes; ``allows`` is torch's own say on the tensors and the device.
 
     ``forms``: the masks it knows; the others are written out for one that knows "mask". ``grouped``: it reads the Hk
-    key heads as they are; for others they are repeated. ``head_multiple`` and ``max_head`` bound D and E.
+    key heads as they are; for others they are repeated. ``head_multiple`` and ``max_head`` bound D and E. ``apart``:
+    it is no kernel, but cuts documents into ordinary calls, for which backends are chosen anew.
     """
 
     name: str
@@ -95,6 +57,7 @@ class Backend:
     head_multiple: int = 1
     max_head: int = 2**31
     same_heads: bool = False
+    apart: bool = False
 
 
 # Layouts and masks --------------------------------------------------------------------------------------------------
@@ -124,13 +87,6 @@ def repeated(x: Tensor, heads: int) -> Tensor:
 def grouped_sum(dx: Tensor, heads: int) -> Tensor:
     """The gradient of ``repeated``'s input, (B, heads, T, D) in (B, T, heads, D) memory."""
     return dx if dx.shape[1] == heads else dx.transpose(1, 2).unflatten(2, (heads, -1)).sum(3).transpose(1, 2)
-
-
-def band(q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
-    """The causal or windowed mask written out, bool (S, T); the first query stands at the first key."""
-    distance = torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(k.shape[2], device=q.device)
-    seen = distance >= 0
-    return seen if spec.window is None else seen & (distance < spec.window)
 
 
 _BIASES = WeakTensorKeyDictionary()
@@ -332,14 +288,18 @@ def _flex_scores(softcap: float | None, mask: Tensor | None) -> Callable[..., Te
     return scores
 
 
-def flex(x: Inputs) -> Tensor:
-    """FlexAttention (Dong et al., arXiv:2412.05496): softcap and windows; compiled on a form's first call on CUDA."""
+def flex(x: Inputs, blocks: Any = None) -> Tensor:
+    """FlexAttention (Dong et al., arXiv:2412.05496): softcap and windows; compiled on a form's first call on CUDA.
+
+    ``blocks`` is the BlockMask of another pattern than the call's form.
+    """
     q, k, v = x.q, x.k, x.v
     mask = None if x.mask is None else x.mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     group = q.shape[1] // k.shape[1]
     if group & (group - 1):  # its kernels take groups that are powers of two
         k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
-    blocks = _flex_blocks(x.form, x.spec.window, q.shape[2], k.shape[2], q.device)
+    if blocks is None:
+        blocks = _flex_blocks(x.form, x.spec.window, q.shape[2], k.shape[2], q.device)
     return _flex_function(q.is_cuda)(
         q, k, v, _flex_scores(x.spec.softcap, mask), blocks, scale=x.spec.scale, enable_gqa=k.shape[1] != q.shape[1]
     )

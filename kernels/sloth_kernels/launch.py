@@ -7,7 +7,7 @@ kernels are then plain functions that nothing calls, since ``runs_triton`` is Fa
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
@@ -75,6 +75,61 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+class Launcher:
+    """Launches a kernel with less work on the host: ``kernel(grid, *tensors_and_numbers, **constants_and_options)``.
+
+    Triton looks at every argument anew to find the compiled kernel for it: by dtypes, by pointers' and numbers' being
+    multiples of 16, by numbers' being 1. Here a call with the very numbers, dtypes and alignments of an earlier one is
+    handed to what Triton compiled, or found, for that one; layers make the same calls again and again. What tells calls
+    apart must come before the constants; options changed in Triton's knobs are seen by new calls alone.
+    """
+
+    MOST = 4096
+    """Calls that are remembered."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+    def __call__(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        first = args[0]
+        if not first.is_cuda:
+            self.kernel[grid](*args, **constants)
+            return
+        device = first.get_device()
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(grid, *args, **constants)
+            return
+        alike = [a if type(a) is int or not isinstance(a, torch.Tensor) else _alike(a) for a in args]
+        key = (device, *alike, *constants.values())
+        known = self.compiled.get(key)
+        if known is not None:
+            compiled, last = known
+            compiled[(*grid, 1, 1)[:3]](*args, *last)
+            return
+        self._remember(key, self.kernel[grid](*args, **constants), len(args), constants)
+
+    def _remember(self, key: tuple[Any, ...], compiled: Any, count: int, constants: Mapping[str, Any]) -> None:
+        """Note what ``kernel[grid]`` returned, where that can be launched by itself.
+
+        Not on AMD's GPUs, where Triton looks at the tensors' sizes too, and not where hooks want to see every launch.
+        """
+        if torch.version.hip is not None or getattr(self.kernel, "pre_run_hooks", None):
+            return
+        names = getattr(self.kernel, "arg_names", ())[count:]
+        if hasattr(type(compiled), "__getitem__") and all(name in constants for name in names):
+            if len(self.compiled) >= self.MOST:
+                self.compiled.clear()
+            self.compiled[key] = compiled, tuple(constants[name] for name in names)
+
+
+def _alike(tensor: torch.Tensor) -> Any:
+    """What Triton tells tensors apart by."""
+    misalignment = tensor.data_ptr() % 16
+    return (tensor.dtype, misalignment) if misalignment else tensor.dtype
 
 
 def row_groups(x: torch.Tensor) -> list[tuple[int, int]]:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from sloth_kernels.adapters import LoraLinear, Operands, Plan, flattened, operands_of, plan_of
-from sloth_kernels.dense_cache import DenseGroup
+from sloth_kernels.adapters import LoraLinear, Operands, Siblings
+from sloth_kernels.dense_cache import DenseGroup, Joined
 from sloth_kernels.frozen_weight import Weight4bit
 from sloth_kernels.ops import lora
-from sloth_kernels.products import in_dtype, product, rows, split, stacked
+from sloth_kernels.products import in_dtype, product, rows, split
 from sloth_kernels.stages import Grads, LowRankSum, NamedStage, plus
 
 DENSE_TRAFFIC = 1.27
@@ -44,12 +44,14 @@ class Linears(NamedStage):
         inner = f"{ys[0]}.t"
         super().__init__((x,) if residual is None else (x, residual), (*ys, inner), (x, inner))
         self.read, self.group = read, group or DenseGroup()
+        self._siblings: Siblings | None = None
+        self._columns = 0
         self.leaves_sum = False
         """Whether the stage that made x takes a ``LowRankSum`` for the gradient of it."""
 
     def room(self) -> int:
-        """The columns that it would have behind x."""
-        return self.group.columns(self.read()) if self.group.keeps else 0
+        """The columns that it would have behind x, as it was bound last."""
+        return self._columns if self.group.keeps else 0
 
     def flops(self, tokens: int, length: int, widths: Mapping[str, float]) -> float:
         """Of the weights; the adapters' are few."""
@@ -74,115 +76,111 @@ class Linears(NamedStage):
 
     def bind(self, autocast: torch.dtype | None) -> BoundLinears:
         """With the adapters that are active."""
-        return BoundLinears(self, self.read(), autocast)
+        linears, siblings = self.read(), self._siblings
+        if siblings is None or not siblings.are(linears, autocast):
+            siblings = self._siblings = Siblings(linears, autocast)
+            self._columns = self.group.columns(linears)
+        return BoundLinears(self, siblings)
 
 
 class BoundLinears:
     """The stage with the adapters that are active."""
 
-    def __init__(self, stage: Linears, linears: Sequence[LoraLinear], autocast: torch.dtype | None) -> None:
-        self.stage, self.linears, self.autocast = stage, linears, autocast
-        self.by_kind = operands_of(linears)
-        self.operands = flattened(self.by_kind)
-        self.plan: Any = None
+    def __init__(self, stage: Linears, siblings: Siblings) -> None:
+        self.stage, self.siblings = stage, siblings
+        self.operands = siblings.flat
         self.draws: Any = None
         self.residual_dtype = torch.float32
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[Any, ...]:
-        self.plan = plan = plan_of(self.linears, x.shape, x.dtype, self.autocast)
+        siblings = self.siblings
+        plan = siblings.plan(x)
         if residual is not None:
             self.residual_dtype = residual.dtype
-        if self._joins(plan, x.dtype):
-            return self._forward_joined(x, self.stage.group.weights(self.linears, x.dtype), residual)
-        ys, banks_t, self.draws = lora.forward(x, plan, self.by_kind, self.draws)
+        if plan.dtype == x.dtype and siblings.in_4bit and self.stage.group.keeps:
+            return self._forward_joined(x, self.stage.group.joined(siblings, x.dtype), residual)
+        ys, banks_t, self.draws = lora.forward(x, plan, siblings.operands, self.draws)
         return (*ys, banks_t) if residual is None else (residual + ys[0], banks_t)
 
     def drops(self) -> bool:
         """Whether an adapter draws dropout masks."""
-        return any(adapter.dropout for linear in self.linears for adapter in linear.adapters)
+        return any(adapter.dropout for linear in self.siblings.linears for adapter in linear.adapters)
 
-    def _joins(self, plan: Plan, dtype: torch.dtype) -> bool:
-        """Whether each weight may be kept dense and be one product with its adapters."""
-        if not self.stage.group.keeps or plan.drops or len(plan.banks) > 1:
-            return False
-        dtypes = {bank.dtype for bank in plan.banks} | set(plan.sum_dtypes) | {d for pair in plan.dtypes for d in pair}
-        return dtypes == {dtype} and all(isinstance(linear.weight, Weight4bit) for linear in self.linears)
-
-    def _forward_joined(
-        self, x: torch.Tensor, weights: Sequence[torch.Tensor], residual: torch.Tensor | None
-    ) -> tuple[Any, ...]:
-        x_TK, t_TR = rows(x), _inner(x, self.by_kind.As)
-        joined_x = _beside(x_TK, t_TR, weights[0].shape[1])
+    def _forward_joined(self, x: torch.Tensor, made: Joined, residual: torch.Tensor | None) -> tuple[Any, ...]:
+        biases, lead = self.siblings.operands.biases, x.shape[:-1]
+        x_TK = rows(x)
+        t_TR = self._inner(x_TK, made)
+        joined_x = _beside(x_TK, t_TR, made.weights[0].shape[1])
         # A product adds one matrix for free: a residual of its dtype, where no bias takes the place.
-        taken = residual is not None and self.by_kind.biases[0] is None and residual.dtype == x.dtype
+        taken = residual is not None and biases[0] is None and residual.dtype == x.dtype
         addend = rows(residual) if residual is not None and taken else None
         ys = []
-        for weight, bias_N in zip(weights, self.by_kind.biases, strict=True):
+        for W_JN, bias_N in zip(made.transposed, biases, strict=True):
             first = bias_N if addend is None else addend
             if joined_x is None:
-                y = _apart(x_TK, t_TR, weight, bias_N, addend)
+                y = _apart(x_TK, t_TR, W_JN, bias_N, addend)
             else:
-                y = torch.mm(joined_x, weight.t()) if first is None else torch.addmm(first, joined_x, weight.t())
-            ys.append(y.view(*x.shape[:-1], len(weight)))
+                y = torch.mm(joined_x, W_JN) if first is None else torch.addmm(first, joined_x, W_JN)
+            ys.append(y.view(*lead, y.shape[1]))
         return (*ys, [t_TR]) if residual is None or taken else (residual + ys[0], [t_TR])
+
+    def _inner(self, x_TK: torch.Tensor, made: Joined) -> torch.Tensor:
+        """t (T, R), of all adapters side by side."""
+        A_RK = self._A(made)
+        return x_TK.new_empty(len(x_TK), 0) if A_RK is None else torch.mm(x_TK, A_RK.t())
+
+    def _A(self, made: Joined) -> torch.Tensor | None:
+        """All adapters' A (R, K); None where there are no adapters."""
+        As = self.siblings.operands.As
+        return made.A_RK if made.A_RK is not None or not As else As[0]
 
     def backward(
         self, values: Mapping[str, Any], dys: Sequence[Any], dxs: Sequence[Any], wants: Sequence[bool]
     ) -> Grads:
         x, banks_t = (values[name] for name in self.stage.needs)
-        plan, reads = self.plan, len(self.stage.reads)
-        needs = Operands.of(plan, list(wants[reads:]))
+        siblings, reads = self.siblings, len(self.stage.reads)
+        plan, made = siblings.plan(x), self.stage.group.made(siblings)
         pairs = zip(dys, plan.dtypes, strict=False)
         own = [None if dy is None else in_dtype(dy, y_dtype) for dy, (_, y_dtype) in pairs]
         there = [dy for dy in own if dy is not None]
-        weights = self.stage.group.made()
-        if weights and wants[0] and len(there) == len(own) and self._joins(plan, x.dtype):
-            dx, grads = self._backward_joined(x, banks_t[0], there, plan, needs, weights)
+        if made is not None and plan.dtype == x.dtype and wants[0] and len(there) == len(own):
+            dx, flat = self._backward_joined(x, banks_t[0], [rows(dy) for dy in there], wants[reads:], made)
             if not (self.stage.leaves_sum and dxs[0] is None and dx.u_TR.shape[1]):
                 dx = dx.dy_TK.addmm_(dx.u_TR, dx.A_RK) if dx.u_TR.shape[1] else dx.dy_TK
         else:
-            saved = lora.Saved(plan, self.by_kind, x if lora.saves_x(needs) else None, banks_t, self.draws)
+            needs = Operands.of(plan, wants[reads:])
+            saved = lora.Saved(plan, siblings.operands, x if lora.saves_x(needs) else None, banks_t, self.draws)
             dx, grads = lora.backward(own, saved, needs, x.dtype if wants[0] else None)
-        flat = [*grads.weights, *grads.biases, *grads.As, *grads.Bs]
+            flat = [*grads.weights, *grads.biases, *grads.As, *grads.Bs]
         if not isinstance(dx, LowRankSum):
-            dx = plus(dxs[0], None if dx is None else dx.unflatten(0, x.shape[:-1]))
+            dx = plus(dxs[0], None if dx is None else dx.view(x.shape))
         return (dx,) if reads == 1 else (dx, plus(dxs[1], in_dtype(there[0], self.residual_dtype))), flat
 
     def _backward_joined(
-        self,
-        x: torch.Tensor,
-        t_TR: torch.Tensor,
-        dys: Sequence[torch.Tensor],
-        plan: Plan,
-        needs: Operands[bool],
-        weights: Sequence[torch.Tensor],
-    ) -> tuple[LowRankSum, Operands[Any]]:
-        operands, width = self.by_kind, x.shape[-1]
+        self, x: torch.Tensor, t_TR: torch.Tensor, dys: Sequence[torch.Tensor], needs: Sequence[bool], made: Joined
+    ) -> tuple[LowRankSum, list[torch.Tensor | None]]:
+        """dx, and the gradients of the operands, which are in the order of ``flattened``."""
+        operands, plan, width = self.siblings.operands, self.siblings.plan(x), x.shape[-1]
         n, m = len(dys), len(plan.scales)
-        grads = Operands[Any]([None] * n, [None] * n, [None] * m, [None] * m)
-        dys = [rows(dy) for dy in dys]
-        joined = torch.mm(dys[0], weights[0])
-        for dy, weight in zip(dys[1:], weights[1:], strict=True):
+        grads: list[torch.Tensor | None] = [None] * (2 * (n + m))
+        joined = torch.mm(dys[0], made.weights[0])
+        for dy, weight in zip(dys[1:], made.weights[1:], strict=True):
             joined.addmm_(dy, weight)
-        dx_TK, u_TR = joined[:, :width], joined[:, width : width + t_TR.shape[1]]
+        dx_TK, u_TR = _parts(joined, width, t_TR.shape[1])
+        A_RK = self._A(made)
         for i, dy in enumerate(dys):
-            if needs.biases[i]:
-                grads.biases[i] = dy.sum(0, dtype=operands.biases[i].dtype)
-        if not m:
+            if needs[n + i]:
+                grads[n + i] = dy.sum(0, dtype=operands.biases[i].dtype)
+        if A_RK is None:
             return LowRankSum(dx_TK, u_TR, dx_TK[:0]), grads
-        ranks = plan.banks[0].ranks
+        first, ranks = 2 * n, plan.banks[0].ranks
+        if any(needs[first : first + m]):
+            grads[first : first + m] = split(product(u_TR.t(), rows(x), operands.As[0].dtype), ranks, 0)
         for j, own_t_TR in enumerate(split(t_TR, ranks)):
-            if needs.Bs[j]:
-                grads.Bs[j] = product(dys[plan.owners[j]].t(), own_t_TR, operands.Bs[j].dtype, plan.scales[j])
-        if any(needs.As):
-            grads.As[:] = split(product(u_TR.t(), rows(x), operands.As[0].dtype), ranks, 0)
-        return LowRankSum(dx_TK, u_TR, stacked(operands.As, x.dtype)), grads
-
-
-def _inner(x: torch.Tensor, As: Sequence[torch.Tensor]) -> torch.Tensor:
-    """t (T, R), of all adapters side by side."""
-    x_TK = rows(x)
-    return torch.mm(x_TK, stacked(As, x.dtype).t()) if As else x_TK.new_empty(len(x_TK), 0)
+            if needs[first + m + j]:
+                dy = dys[plan.owners[j]]
+                grads[first + m + j] = product(dy.t(), own_t_TR, operands.Bs[j].dtype, plan.scales[j])
+        return LowRankSum(dx_TK, u_TR, A_RK), grads
 
 
 def _beside(x_TK: torch.Tensor, t_TR: torch.Tensor, width: int) -> torch.Tensor | None:
@@ -190,24 +188,30 @@ def _beside(x_TK: torch.Tensor, t_TR: torch.Tensor, width: int) -> torch.Tensor 
     n_in, rank = x_TK.shape[1], t_TR.shape[1]
     if x_TK.stride() != (width, 1) or n_in == width:
         return None
-    joined = x_TK.as_strided((len(x_TK), width), (width, 1))
-    joined[:, n_in : n_in + rank].copy_(t_TR)
+    joined = x_TK.as_strided((x_TK.shape[0], width), (width, 1))
+    _, own_TR, *rest = joined.split_with_sizes((n_in, rank, width - n_in - rank), 1)
+    own_TR.copy_(t_TR)
     if n_in + rank < width:
-        joined[:, n_in + rank :].zero_()
+        rest[0].zero_()
     return joined
+
+
+def _parts(joined: torch.Tensor, width: int, rank: int, dim: int = 1) -> Sequence[torch.Tensor]:
+    """Views of the first ``width`` columns, or rows, and of the next ``rank``; one call costs less than two slices."""
+    return joined.split_with_sizes((width, rank, joined.shape[dim] - width - rank), dim)[:2]
 
 
 def _apart(
     x_TK: torch.Tensor,
     t_TR: torch.Tensor,
-    weight: torch.Tensor,
+    W_JN: torch.Tensor,
     bias_N: torch.Tensor | None,
     addend: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The same in two products. The short one goes first, for the long one to add to; with a bias the long one is
-    first, as its size must not cost the term its last bits."""
-    n_in, rank = x_TK.shape[1], t_TR.shape[1]
-    W_KN, B_RN = weight[:, :n_in].t(), weight[:, n_in : n_in + rank].t()
+    """The product with W_JN (K + columns, N) in two. The short one goes first, for the long one to add to; with a bias
+    the long one is first, as its size must not cost the term its last bits."""
+    rank = t_TR.shape[1]
+    W_KN, B_RN = _parts(W_JN, x_TK.shape[1], rank, 0)
     if bias_N is not None:
         y = torch.addmm(bias_N, x_TK, W_KN)
         return y.addmm_(t_TR, B_RN) if rank else y

@@ -36,6 +36,8 @@ def add_product(
 
 def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, alpha: float = 1.0) -> torch.Tensor:
     """``alpha * left @ right`` in ``dtype``."""
+    if alpha == 1.0 and dtype == left.dtype:
+        return torch.mm(left, right)
     out = left.new_empty(left.shape[0], right.shape[1], dtype=dtype)
     add_product(out, left, right, alpha, first=True)
     return out
@@ -43,8 +45,10 @@ def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, alpha: 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
     """``x`` (..., K) as (T, K) with contiguous rows that do not overlap; a copy only where its layout needs one."""
+    if x.dim() == 2 and x.is_contiguous():
+        return x
     if x.is_contiguous() and x.numel():
-        return x if x.dim() == 2 else x.view(-1, x.shape[-1])
+        return x.view(-1, x.shape[-1])
     x_TK = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
     walkable = x_TK.stride(1) == 1 and x_TK.stride(0) >= x_TK.shape[1]
     return x_TK if walkable else x_TK.contiguous()

@@ -10,14 +10,17 @@ the same program under different sets, and a value may be given up at any time: 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from sloth_kernels.adapters import autocast_dtype
+from sloth_kernels.adapters import autocast_dtype, without_autocast
 from sloth_kernels.relief import givers, with_relief
 from sloth_kernels.schedule import INPUT, OUTPUT, Form, Schedule, schedule
+
+NOTHING: frozenset[str] = frozenset()
 
 
 class Bound(Protocol):
@@ -68,20 +71,34 @@ class Program:
         self.stages = tuple(stages)
         self.constants = frozenset(constants)
         self.forms = tuple(Form(stage.reads, stage.writes, stage.needs) for stage in self.stages)
+        self._schedules: dict[frozenset[str], Schedule] = {}
+        self._wants: dict[tuple[Any, ...], list[list[bool] | None]] = {}
         known = self.constants | {INPUT}
         for form in self.forms:
             if missing := set(form.reads) - known:
                 raise ValueError(f"a stage reads {', '.join(sorted(missing))}, which no stage before it writes")
             known |= set(form.writes)
 
-    @property
+    @functools.cached_property
     def savable(self) -> frozenset[str]:
         """The values that some backward looks at: keeping any other would be of no use."""
         return frozenset(name for form in self.forms for name in form.needs) - self.constants - {INPUT}
 
     def schedule(self, kept: frozenset[str]) -> Schedule:
         """See ``schedule``."""
-        return schedule(self.forms, self.constants, kept)
+        if kept not in self._schedules:
+            self._schedules[kept] = schedule(self.forms, self.constants, kept)
+        return self._schedules[kept]
+
+    def wants(self, counts: Sequence[int], needs: Sequence[bool]) -> list[list[bool] | None]:
+        """What each stage's backward is asked for: each of its ``reads``, then each operand; None where it is nothing.
+
+        ``counts`` are the stages' numbers of operands; ``needs`` says which of x and all operands need a gradient.
+        """
+        key = (*counts, *needs)
+        if key not in self._wants:
+            self._wants[key] = _wants(self.forms, self.constants, counts, needs)
+        return self._wants[key]
 
     def __call__(
         self,
@@ -104,19 +121,19 @@ class Program:
         bound = [stage.bind(autocast) for stage in self.stages]
         operands = [operand for stage in bound for operand in stage.operands]
         frame = Frame(self, bound, constants)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands)):
                 frame.kept = self.savable if kept is None else kept
                 frame.on_relief, frame.park = on_relief, park or NOWHERE
                 return _Run.apply(x, frame, *operands)
             with torch.no_grad():
-                return frame.run_forward(x, frozenset())
+                return frame.run_forward(x, NOTHING)
 
     def trace(self, x: torch.Tensor, constants: Mapping[str, Any]) -> dict[str, Any]:
         """Every value of one forward run without gradients, ``y`` among them."""
         autocast = autocast_dtype(x)
         frame = Frame(self, [stage.bind(autocast) for stage in self.stages], constants)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(x):
             frame.run_forward(x, frozenset(name for form in self.forms for name in form.writes))
         return frame.values
 
@@ -157,7 +174,7 @@ class Frame:
         self.program = program
         self.bound = bound
         self.constants = constants
-        self.kept: frozenset[str] = frozenset()
+        self.kept = NOTHING
         self.values: dict[str, Any] = {}
         self.parked: dict[str, Parked] = {}
         self.park = NOWHERE
@@ -165,28 +182,33 @@ class Frame:
 
     def run_forward(self, x: torch.Tensor, kept: frozenset[str]) -> torch.Tensor:
         """Compute y; afterwards ``values`` and ``parked`` have what is kept."""
-        values, here = {**self.constants, INPUT: x}, kept - self.park.names
-        for step in self.program.schedule(here).forward:
-            self._run_stage(step.stage, values)
-            for name in self.program.forms[step.stage].writes:
-                if name in kept and name not in here:
-                    self.parked[name] = self.park.put(values[name])
-            for name in step.frees:
+        values, away = {**self.constants, INPUT: x}, kept & self.park.names
+        here = kept - away if away else kept
+        for i, _, frees in self.program.schedule(here).forward:
+            self._run_stage(i, values)
+            if away:
+                self._park(self.program.forms[i].writes, values, away)
+            for name in frees:
                 del values[name]
         self.values = {name: values[name] for name in here}
         return values[OUTPUT]
 
+    def _park(self, names: Iterable[str], values: Mapping[str, Any], away: frozenset[str]) -> None:
+        for name in names:
+            if name in away:
+                self.parked[name] = self.park.put(values[name])
+
     def _run_stage(self, i: int, values: dict[str, Any]) -> None:
         form = self.program.forms[i]
-        inputs = [values[name] for name in form.reads]
-        written = with_relief(self.bound[i].forward, *inputs, spare=self)
-        values.update(zip(form.writes, written, strict=True))
+        written = with_relief(self.bound[i].forward, *[values[name] for name in form.reads], spare=self)
+        for name, value in zip(form.writes, written, strict=True):
+            values[name] = value
 
     def give_up(self) -> bool:
         """Let go of everything that can be computed again; whether that was anything."""
         if not self.values:
             return False
-        self.values, self.parked, self.kept = {}, {}, frozenset()
+        self.values, self.parked, self.kept = {}, {}, NOTHING
         if self.on_relief is not None:
             self.on_relief()
         return True
@@ -196,35 +218,34 @@ class Frame:
     ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
         """Gradients of x and of all operands; ``needs`` says which of them are wanted. A second call recomputes all."""
         values, kept = Values({**self.constants, **self.values}, {**self.parked, INPUT: x}), self.kept
-        self.values, self.parked, self.kept = {}, {}, frozenset()
-        wants = Wants.of(self, needs)
+        self.values, self.parked, self.kept = {}, {}, NOTHING
+        counts = [len(bound.operands) for bound in self.bound]
+        wants = self.program.wants(counts, needs)
         grads: dict[str, Any] = {OUTPUT: dy}
-        operand_grads: list[Sequence[torch.Tensor | None]] = [[None] * len(b.operands) for b in self.bound]
-        for step in self.program.schedule(kept).backward:
-            values.dying = frozenset(step.frees)
-            if step.is_backward:
-                self._run_stage_backward(step.stage, values, grads, operand_grads, wants)
-            else:
-                self._run_stage(step.stage, values)
-            values.let_go(step.frees)
+        operand_grads: list[Sequence[torch.Tensor | None]] = [(None,) * count for count in counts]
+        for i, is_backward, frees in self.program.schedule(kept).backward:
+            values.dying = frees
+            if not is_backward:
+                self._run_stage(i, values)
+            elif wanted := wants[i]:
+                operand_grads[i] = self._run_stage_backward(i, values, grads, wanted) or operand_grads[i]
+            values.let_go(frees)
         return grads.get(INPUT), [grad for own in operand_grads for grad in own]
 
     def _run_stage_backward(
-        self,
-        i: int,
-        values: dict[str, Any],
-        grads: dict[str, Any],
-        operand_grads: list[Sequence[torch.Tensor | None]],
-        wants: Wants,
-    ) -> None:
-        form = self.program.forms[i]
-        dys = [grads.pop(name, None) for name in form.writes]
-        wanted = [*(wants.values[name] for name in form.reads), *wants.operands[i]]
-        if not any(wanted) or all(dy is None for dy in dys):
-            return
-        dxs = [grads.get(name) for name in form.reads]
-        new, operand_grads[i] = with_relief(self.bound[i].backward, values, dys, dxs, wanted, spare=self)
-        grads.update((name, grad) for name, grad in zip(form.reads, new, strict=True) if grad is not None)
+        self, i: int, values: dict[str, Any], grads: dict[str, Any], wanted: Sequence[bool]
+    ) -> Sequence[torch.Tensor | None]:
+        """Gradients of the stage's operands; those of its reads go to ``grads``. Empty where y is not made of it."""
+        reads, writes, _ = self.program.forms[i]
+        dys = [grads.pop(name, None) for name in writes]
+        if all(dy is None for dy in dys):
+            return ()
+        dxs = [grads.get(name) for name in reads]
+        new, own = with_relief(self.bound[i].backward, values, dys, dxs, wanted, spare=self)
+        for name, grad in zip(reads, new, strict=True):
+            if grad is not None:
+                grads[name] = grad
+        return own
 
 
 class Values(dict[str, Any]):
@@ -236,7 +257,7 @@ class Values(dict[str, Any]):
     def __init__(self, present: Mapping[str, Any], parked: dict[str, Parked]) -> None:
         super().__init__(present)
         self.parked = parked
-        self.dying: frozenset[str] = frozenset()
+        self.dying: Sequence[str] = ()
 
     def __missing__(self, name: str) -> Any:
         value = self[name] = self.parked.pop(name).restore()
@@ -249,24 +270,17 @@ class Values(dict[str, Any]):
             self.parked.pop(name, None)
 
 
-class Wants(NamedTuple):
-    """Which values and which operands need a gradient."""
-
-    values: Mapping[str, bool]
-    operands: list[list[bool]]
-
-    @classmethod
-    def of(cls, frame: Frame, needs: Sequence[bool]) -> Wants:
-        """From whether x and each operand, all stages' in one list, need one."""
-        values = dict.fromkeys(frame.constants, False) | {INPUT: needs[0]}
-        operands, start = [], 1
-        for form, bound in zip(frame.program.forms, frame.bound, strict=True):
-            own = list(needs[start : start + len(bound.operands)])
-            start += len(own)
-            operands.append(own)
-            wanted = any(own) or any(values[name] for name in form.reads)
-            values.update(dict.fromkeys(form.writes, wanted))
-        return cls(values, operands)
+def _wants(
+    forms: Sequence[Form], constants: Iterable[str], counts: Sequence[int], needs: Sequence[bool]
+) -> list[list[bool] | None]:
+    values, start = dict.fromkeys(constants, False) | {INPUT: needs[0]}, 1
+    result: list[list[bool] | None] = []
+    for form, count in zip(forms, counts, strict=True):
+        wanted = [*(values[name] for name in form.reads), *needs[start : start + count]]
+        start += count
+        values.update(dict.fromkeys(form.writes, any(wanted)))
+        result.append(wanted if any(wanted) else None)
+    return result
 
 
 class _Run(torch.autograd.Function):
@@ -286,7 +300,7 @@ class _Run(torch.autograd.Function):
         # The input is not looked at before it is needed: where it has to come back, the first stages run meanwhile.
         x = Here(lambda: ctx.saved_tensors[0])
         givers.discard(ctx.frame)
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
-        with torch.autocast(dy.device.type, enabled=False):
-            dx, operand_grads = ctx.frame.run_backward(x, dy, needs)
+        x_needs, _, *needs = ctx.needs_input_grad
+        with without_autocast(dy):
+            dx, operand_grads = ctx.frame.run_backward(x, dy, (x_needs, *needs))
         return dx, None, *operand_grads

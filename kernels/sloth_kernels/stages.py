@@ -62,7 +62,13 @@ def vjp(
 
 def heads(x: torch.Tensor, width: int) -> torch.Tensor:
     """(B, S, heads * width) as (B, heads, S, width), a view."""
-    return x.unflatten(-1, (-1, width)).transpose(1, 2)
+    return by_head(x, width).transpose(1, 2)
+
+
+def by_head(x: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, S, heads * width) as (B, S, heads, width), a view."""
+    batch, length, wide = x.shape
+    return x.view(batch, length, wide // width, width)
 
 
 def side_by_side(x: torch.Tensor) -> torch.Tensor:
@@ -70,9 +76,9 @@ def side_by_side(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def dying(values: Mapping[str, Any]) -> frozenset[str]:
+def dying(values: Mapping[str, Any]) -> Sequence[str]:
     """The values that nobody looks at after this stage: their memory may be overwritten."""
-    return getattr(values, "dying", frozenset())
+    return getattr(values, "dying", ())
 
 
 class NamedStage:
@@ -135,7 +141,7 @@ class _BoundNorm:
 
     def forward(self, x: torch.Tensor) -> tuple[Any, ...]:
         (weight,), stage = self.operands, self.stage
-        rows = x if stage.head_width is None else x.unflatten(-1, (-1, stage.head_width))
+        rows = x if stage.head_width is None else by_head(x, stage.head_width)
         if stage.op.fn is rms_norm.rms_norm and rms_norm.kernel_takes(rows, weight):
             y, _, rstd_T = rms_norm.forward(rows, weight, stage.eps, stage.variant, stage.room())
         else:
@@ -147,15 +153,20 @@ class _BoundNorm:
     ) -> Grads:
         (weight,), stage = self.operands, self.stage
         x, rstd_T = (values[name] for name in stage.needs)
-        width = x.shape[-1] if stage.head_width is None else stage.head_width
-        rows, dy = x.unflatten(-1, (-1, width)), dys[0].unflatten(-1, (-1, width))
+        rows, dy = x, dys[0]
+        if stage.head_width is not None:
+            rows, dy = by_head(x, stage.head_width), by_head(dy, stage.head_width)
         if rstd_T is None:
             dx, dw = vjp(lambda *xw: stage.op.fn(*xw, stage.eps, stage.variant), (rows, weight), (dy,), wants)
             return (plus(dxs[0], None if dx is None else dx.view(x.shape)),), (dw,)
         add = dxs[0] if dxs[0] is not None and dxs[0].dtype == x.dtype else None
         dx, dw = rms_norm.backward(dy, rows, weight, rstd_T, stage.variant, wants[1], add)
-        dx = dx.view(x.shape)
+        dx = dx if stage.head_width is None else dx.view(x.shape)
         return (dx if add is not None else plus(dxs[0], dx),), (dw,)
+
+
+HEADS_AT = 2
+"""The dimension of heads where each token's lie side by side, as ``rope`` counts them."""
 
 
 class Rope(NamedStage):
@@ -177,25 +188,27 @@ class _BoundRope:
         self.dtype = torch.float32
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[Any, ...]:
-        self.dtype = q.dtype
-        width = self.stage.head_width
-        q_out, k_out = self.stage.op.fn(heads(q, width), heads(k, width), cos, sin, self.stage.variant, 1)
-        return side_by_side(q_out), side_by_side(k_out)
+        self.dtype, stage = q.dtype, self.stage
+        turned = by_head(q, stage.head_width), by_head(k, stage.head_width)
+        own = stage.op.fn is rope.rope and rope.kernel_takes(*turned, cos, sin, stage.variant, HEADS_AT)
+        function = rope.forward if own else stage.op.fn
+        q_out, k_out = function(*turned, cos, sin, stage.variant, HEADS_AT)
+        return q_out.flatten(2), k_out.flatten(2)
 
     def backward(
         self, values: Mapping[str, Any], dys: Sequence[Any], dxs: Sequence[Any], wants: Sequence[bool]
     ) -> Grads:
         cos, sin = values["cos"], values["sin"]
         stage = self.stage
-        dq, dk = (heads(dy, stage.head_width) for dy in dys)
-        if stage.op.fn is rope.rope and rope.kernel_takes(dq, dk, cos, sin, stage.variant):
-            dq, dk = rope.backward(dq, dk, cos, sin, stage.variant, 1, self.dtype)
+        dq, dk = (by_head(dy, stage.head_width) for dy in dys)
+        if stage.op.fn is rope.rope and rope.kernel_takes(dq, dk, cos, sin, stage.variant, HEADS_AT):
+            dq, dk = rope.backward(dq, dk, cos, sin, stage.variant, HEADS_AT, self.dtype)
         else:
             # The rotation is linear: its gradient is the same wherever it is taken.
             at = [d.to(self.dtype) for d in (dq, dk)]
-            turned = vjp(lambda q, k: stage.op.fn(q, k, cos, sin, stage.variant, 1), at, (dq, dk), (True, True))
+            turned = vjp(lambda q, k: stage.op.fn(q, k, cos, sin, stage.variant, HEADS_AT), at, (dq, dk), (True, True))
             dq, dk = (torch.zeros_like(a) if d is None else d for a, d in zip(at, turned, strict=True))
-        return (plus(dxs[0], side_by_side(dq)), plus(dxs[1], side_by_side(dk)), None, None), ()
+        return (plus(dxs[0], dq.flatten(2)), plus(dxs[1], dk.flatten(2)), None, None), ()
 
 
 class Attention(NamedStage):
@@ -260,7 +273,7 @@ class Glu(NamedStage):
         """dgate and dup."""
         gate, up = (values[name] for name in self.needs)
         runs = self.op.fn is glu.glu and glu.kernel_takes(gate, up)
-        last = set(self.needs) <= dying(values)
+        last = set(self.needs).issubset(dying(values))
         if isinstance(dys[0], LowRankSum):
             if runs and dys[0].u_TR.shape[1] <= glu.MAX_RANK:
                 dy_TK, u_TR, A_RK = dys[0]

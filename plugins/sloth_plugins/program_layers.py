@@ -1,6 +1,8 @@
-"""Which decoder layers run as programs: ``layer_programs`` marks them, and other plugins leave them to it."""
+"""What ``layer_programs`` tells other plugins: which decoder layers run as programs, and what a pass costs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
@@ -8,6 +10,8 @@ from sloth_backend.findings import Edits
 
 MARK = "_sloth_program"
 """Instance attribute of a layer that runs as a program."""
+PLANNER = "_sloth_planner"
+"""Instance attribute of a model whose passes are planned."""
 
 
 def mark(layer: nn.Module, edits: Edits) -> None:
@@ -23,3 +27,13 @@ def runs_program(layer: nn.Module) -> bool:
 def program_layers(model: nn.Module) -> set[nn.Module]:
     """The layers of ``model`` that run as programs."""
     return {module for module in model.modules() if runs_program(module)}
+
+
+def set_planner(model: nn.Module, planner: object, edits: Edits) -> None:
+    """Note who plans the passes of ``model``."""
+    edits.set(model, PLANNER, planner)
+
+
+def planner_of(model: nn.Module) -> Any:
+    """Who plans the passes of ``model``; None where nobody does."""
+    return vars(model).get(PLANNER)

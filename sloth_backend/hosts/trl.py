@@ -82,7 +82,7 @@ def _construct(trainer: Any, original: Callable[..., None], call: inspect.BoundA
             phases.after_load(session, trainer.model, tokenizer)
         session.run = replace(session.run, optimizer_bytes=_optimizer_bytes(trainer))
         with _loss_seam(session, phases.base_model(trainer.model), trainer.args):
-            phases.before_train(session, trainer.model)
+            phases.before_train(session, trainer.model, trainer)
     except BaseException:
         session.edits.rollback()
         raise
@@ -118,10 +118,13 @@ def _tokens_per_pass(args: Any) -> int | None:
 
 def _optimizer_bytes(trainer: Any) -> float:
     """Bytes of optimizer state for each trained parameter; an optimizer of the user's making counts as AdamW."""
+    import torch
+
     from sloth_backend.optimizers import state_bytes
 
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim)) if trainer.optimizer is None else ""
-    return state_bytes(name, trainer.model.parameters())
+    embeddings = [module.weight for module in trainer.model.modules() if isinstance(module, torch.nn.Embedding)]
+    return state_bytes(name, trainer.model.parameters(), embeddings)
 
 
 def _load_processor(original: Callable[..., None], model: Any, args: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from integration_tests.benchmarks.training.contenders import DRIVER_GIB
 from integration_tests.benchmarks.training.workloads import Point
@@ -53,5 +53,12 @@ BARS = (
     faster("finetune", "sloth-as-liger", 1.3, "liger"),
     Bar("finetune", "sloth-as-liger", "peak_gib", EQUAL, "liger"),
     Bar("ctx", "sloth", "step_seconds", 11.5, point=(1, 65536)),
+    Bar("alpaca", "sloth", "step_seconds", 0.15),
+    faster("alpaca", "sloth", 18, "stock"),
+    faster("alpaca", "sloth", 10, "unsloth"),
+    replace(faster("alpaca-batch", "sloth", 3.5, "unsloth"), point=(8, 2048)),
+    faster("alpaca-1b", "sloth", 12, "stock"),
+    faster("packed", "sloth", 1.7, "unsloth"),
+    faster("packed", "sloth", 2.5, "stock"),
     *(faster(workload, "sloth", 2.5, "stock") for workload in ("mistral", "qwen", "gemma")),
 )

@@ -77,6 +77,7 @@ def number(value: float | None, form: str) -> str:
 def describe(workload: Workload) -> str:
     """The set-up in a sentence."""
     rows = "rows of Alpaca's lengths" if workload.lengths == "alpaca" else "equal rows"
+    rows += ", packed" * workload.packing
     adapters = "" if workload.training == "full" else f" of rank {workload.rank} on all linears"
     return (
         f"{workload.model}, {TRAINING[workload.training]}{adapters}, {workload.optimizer}, {rows}, "

@@ -14,6 +14,8 @@ from integration_tests.benchmarks.training.workloads import Point, Workload
 
 FIRST_ID, LAST_ID = 3, 100_000
 """Random ids, above the special tokens."""
+MEAN_TOKENS = 110
+"""Of a row of Alpaca's lengths."""
 ADAPTER = re.compile(r"layers\.\d+\..*\.lora_([AB])\b.*weight$")
 
 
@@ -28,16 +30,23 @@ def lengths(workload: Workload, point: Point, count: int) -> list[int]:
 def token_rows(workload: Workload, point: Point, vocab: int) -> list[list[int]]:
     """The rows of all steps, in the order of training."""
     source = torch.Generator().manual_seed(0)
-    count = point[0] * workload.accumulation * workload.steps
+    count = row_count(workload, point)
     last = min(vocab, LAST_ID)
     sizes = lengths(workload, point, count)
     return [torch.randint(FIRST_ID, last, (size,), generator=source).tolist() for size in sizes]
 
 
 def tokens_per_step(workload: Workload, point: Point) -> float:
-    """Tokens of a step, padding not counted, on average."""
-    count = point[0] * workload.accumulation * workload.steps
-    return sum(lengths(workload, point, count)) / workload.steps
+    """Tokens of a step, padding not counted, on average; packed rows count as full."""
+    if workload.packing:
+        return float(point[0] * workload.accumulation * point[1])
+    return sum(lengths(workload, point, row_count(workload, point))) / workload.steps
+
+
+def row_count(workload: Workload, point: Point) -> int:
+    """Rows of all steps; where they are packed, enough to fill one step more."""
+    packed = point[0] * workload.accumulation * workload.steps
+    return packed if not workload.packing else (packed + point[0] * workload.accumulation) * point[1] // MEAN_TOKENS
 
 
 @torch.no_grad()

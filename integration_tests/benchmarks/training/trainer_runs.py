@@ -83,7 +83,7 @@ def arguments(contender: Contender, workload: Workload, point: Point) -> SFTConf
         gradient_checkpointing_kwargs=None if contender.kind == "unsloth" else {"use_reentrant": False},
         use_liger_kernel=contender.kind == "liger",
         train_sampling_strategy="sequential",
-        packing=False,
+        packing=workload.packing,
         seed=0,
         logging_steps=1,
         report_to="none",

@@ -20,6 +20,7 @@ class Workload:
         points: batch and length of each figure; those of a plain loop are taken one after the other in one process.
         accumulation: forward and backward passes a step.
         lengths: ``equal`` (every row as long as the longest) or ``alpaca`` (lognormal, median 95, mean 110 tokens).
+        packing: the trainer fills rows of the point's length with several.
         steps: steps a point, ``warmup`` of which do not count.
     """
 
@@ -30,6 +31,7 @@ class Workload:
     points: tuple[Point, ...] = ((2, 2048),)
     accumulation: int = 4
     lengths: Literal["equal", "alpaca"] = "equal"
+    packing: bool = False
     steps: int = 6
     warmup: int = 2
     learning_rate: float = 2e-4
@@ -57,6 +59,9 @@ WORKLOADS = {
     for workload in (
         Workload("full"),
         Workload("alpaca", lengths="alpaca"),
+        Workload("alpaca-batch", lengths="alpaca", points=((8, 2048),), accumulation=1),
+        Workload("alpaca-1b", "llama-1b", lengths="alpaca"),
+        Workload("packed", lengths="alpaca", packing=True),
         Workload("lora16", "llama-1b", "lora"),
         Workload("finetune", "llama-1b", "full", learning_rate=1e-5),
         Workload("mistral", "mistral-7b"),
@@ -71,6 +76,7 @@ WORKLOADS = {
 GROUPS = {
     "all": tuple(WORKLOADS),
     "trainer": tuple(name for name, workload in WORKLOADS.items() if workload.loop == "trainer"),
+    "rows": ("alpaca", "alpaca-batch", "alpaca-1b", "packed"),
     "architectures": ("mistral", "qwen", "gemma"),
     "length": ("short", "ctx"),
     "batch": ("batch-512", "batch-2048"),

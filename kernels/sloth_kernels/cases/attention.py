@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sloth_kernels.attention_backends import AttentionSpec
+from sloth_kernels.attention_inputs import AttentionSpec
+from sloth_kernels.documents import DocumentMask, Documents
 from sloth_kernels.op import Call, Case, Timing
 
 PADDED = (3, 5)
@@ -23,13 +25,16 @@ def padding(batch: int, seq: int, side: str, device: torch.device) -> Tensor:
 
 def make_mask(kind: str, batch: int, seq: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """``kind``: "none"; "bool" or "float" with "left" or "right" padding as in "bool-left", "bool-left-window7" with a
-    window; "bias" is random numbers to add. Float masks have the dtype's least number where a key is hidden, as
-    transformers makes them, and show a row without keys the first one: what it is else depends on the dtype."""
+    window; "bias" is random numbers to add; "documents-3-1-9" is one row of documents of these lengths. Float masks
+    have the dtype's least number where a key is hidden, as transformers makes them, and show a row without keys the
+    first one: what it is else depends on the dtype."""
     if kind == "none":
         return None
     if kind == "bias":
         generator = torch.Generator(device).manual_seed(9)
         return torch.randn(1, 1, seq, seq, dtype=dtype, device=device, generator=generator)
+    if kind.startswith("documents"):
+        return DocumentMask(Documents([int(length) for length in kind.split("-")[1:]], device))
     form, side, *window = kind.split("-")
     distance = torch.arange(seq, device=device)[:, None] - torch.arange(seq, device=device)
     seen = (distance >= 0) & (distance < (int(window[0].removeprefix("window")) if window else seq))
@@ -105,7 +110,7 @@ MASKS = ("bool-left", "bool-right", "float-left", "float-right", "bool-left-wind
 
 
 def cases() -> Sequence[Case]:
-    """Every mask, with and without softcap and sinks; every layout; heads of 8 to 256; one token; odd sizes."""
+    """Every mask, with and without softcap and sinks; every layout; heads of 8 to 256; odd sizes; documents."""
     return [
         case(),
         case(causal=False),
@@ -129,6 +134,36 @@ def cases() -> Sequence[Case]:
         case(keys=17),
         case(keys=17, causal=False),
         case(batch=1, seq=131, heads=(5, 5), width=40),
+        *documents_cases(),
+    ]
+
+
+def documents(*lengths: int, **options: Any) -> Case:
+    """One row of documents of such lengths; ``options`` as for ``case``."""
+    return case("-".join(["documents", *map(str, lengths)]), 1, sum(lengths), **options)
+
+
+def documents_cases() -> Sequence[Case]:
+    """Lengths that are equal and that are not, of 1 and of odd numbers, with windows, softcap, sinks and layouts."""
+    return [
+        documents(7, 1, 12),
+        documents(5, 5, 5),
+        documents(13),
+        documents(1, 1, 1, heads=(3, 1)),
+        documents(2, 9, 3, window=4, heads=(6, 2)),
+        documents(6, 6, window=4),
+        documents(7, 3, softcap=3.0),
+        documents(4, 4, softcap=3.0, window=3),
+        documents(7, 3, sinks=True),
+        documents(5, 5, sinks=True, window=2),
+        documents(7, 3, sinks=True, softcap=3.0),
+        *(
+            documents(*lengths, layout=layout)
+            for layout in ("heads", "fused", "strided")
+            for lengths in ((7, 3), (5, 5))
+        ),
+        documents(7, 3, width=(24, 16)),
+        documents(1, 40, 23, heads=(5, 5), width=40),
     ]
 
 

@@ -9,7 +9,9 @@ p' = exp(s - L') and δ = Σ dout out' from out' and L', so it is exact as it is
 
 Shapes: q (B, Hq, S, D), k (B, Hk, T, D), v (B, Hk, T, E), Hq a multiple of Hk, out (B, Hq, S, E); sinks (Hq,). Mask:
 None, bool (True: seen) or numbers to add, broadcastable to (B, Hq, S, T). Without one, ``spec`` says what is seen;
-causal and T > S: the first query stands at the first key, as torch has it.
+causal and T > S: the first query stands at the first key, as torch has it. A ``DocumentMask`` is never written out:
+documents of one length are taken as a batch of rows, others by a kernel that takes lengths or, where none does, one by
+one (``attention_documents``).
 Layouts: any; tensors whose memory is (B, S, H, D) are not copied, and out, dq, dk and dv are laid out so.
 Dtypes: float16 and bfloat16 on every kernel, float32 and float64 on some; scores and sums are float32 or more.
 A row that a bool mask hides entirely gives zeros, except in cuDNN, which leaves it unmasked; neither gives NaN.
@@ -30,8 +32,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sloth_kernels import attention_backends as kernels
-from sloth_kernels.attention_backends import AttentionSpec, Backend, Inputs, band, token_major
+from sloth_kernels import attention_documents as ways
+from sloth_kernels.attention_backends import Backend, token_major
+from sloth_kernels.attention_inputs import AttentionSpec, Inputs, band, check_fit, inputs_of, mask_form, written
 from sloth_kernels.cases.attention import cases, timings
+from sloth_kernels.documents import DocumentMask
 from sloth_kernels.op import Op
 
 
@@ -39,7 +44,9 @@ def reference(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None, *, spec: AttentionSpec
 ) -> Tensor:
     """What the models' eager attention computes, softmax in float32 (float64 stays); a row without keys gives zeros."""
-    if mask is None and spec.causal:
+    if isinstance(mask, DocumentMask):
+        mask = mask.documents.seen(spec.window)
+    elif mask is None and spec.causal:
         mask = band(q, k, spec)
     k, v = kernels.repeated(k, q.shape[1]), kernels.repeated(v, q.shape[1])
     scores = q @ k.mT * spec.scale
@@ -60,7 +67,7 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 _ALL, _HALF_AND_FLOAT = ("full", "causal", "window", "mask"), (torch.float16, torch.bfloat16, torch.float32)
-_FLOATS = (*_HALF_AND_FLOAT, torch.float64)
+_FLOATS, _DOCUMENTS = (*_HALF_AND_FLOAT, torch.float64), ("rows", "documents")
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
@@ -75,6 +82,20 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
                 "flash", ("cuda",), ("full", "causal", "window"), kernels.flash_forward, kernels.flash_backward,
                 allows=kernels.torch_allows("flash"), grouped=True, dropout=True, sinks=True, head_multiple=8,
                 max_head=256, same_heads=True,
+            ),
+            Backend(
+                "varlen", ("cuda",), _DOCUMENTS, ways.varlen_forward, ways.varlen_backward,
+                allows=kernels.torch_allows("flash"), grouped=True, dropout=True, sinks=True, head_multiple=8,
+                max_head=256, same_heads=True,
+            ),
+            Backend(
+                "flex_documents", ("cuda",), _DOCUMENTS, differentiable=ways.flex_documents,
+                allows=lambda x: x.spec.softcap is not None, grouped=True, softcap=True, dtypes=_HALF_AND_FLOAT,
+                max_head=256,
+            ),
+            Backend(
+                "apart", (), _DOCUMENTS, grouped=True, dropout=True, softcap=True, sinks=True, dtypes=_FLOATS,
+                apart=True,
             ),
             Backend(
                 "efficient", ("cuda",), ("full", "causal", "mask"), kernels.efficient_forward,
@@ -112,10 +133,13 @@ PREFERENCE: Mapping[tuple[str, str], tuple[str, ...]] = MappingProxyType(
         ("cuda", "causal"): _UNMASKED,
         ("cuda", "window"): ("flash4", "flash", "flex", "efficient", "sdpa", "eager"),
         ("cuda", "mask"): ("efficient", "cudnn", "sdpa", "flex", "eager"),
+        ("cuda", "rows"): ("apart", "eager"),
+        ("cuda", "documents"): ("varlen", "flex_documents", "apart", "eager"),
     }
 )
 """(device, form) -> backends, the fastest first (``integration_tests/benchmarks/attention.py`` measures them)."""
 ELSEWHERE = ("cpu", "sdpa", "eager")
+DOCUMENTS_ELSEWHERE = ("apart", "eager")
 
 
 class Graph(NamedTuple):
@@ -126,22 +150,6 @@ class Graph(NamedTuple):
 
 
 # Choosing -----------------------------------------------------------------------------------------------------------
-
-
-def inputs_of(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, spec: AttentionSpec
-) -> Inputs:
-    """The call with its form: "mask" where one is given, or has to be written out as causal sizes differ."""
-    queries, keys = q.shape[2], k.shape[2]
-    if mask is not None:
-        form = "mask"
-    elif not spec.causal or queries == keys == 1:
-        form = "full"
-    elif queries != keys:
-        mask, form = band(q, k, spec), "mask"
-    else:
-        form = "window" if spec.window is not None and spec.window < keys else "causal"
-    return Inputs(q, k, v, mask, sinks, spec, form)
 
 
 def refusal(backend: Backend, x: Inputs) -> str | None:
@@ -185,7 +193,7 @@ def choose(
     """
     form = (
         q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, spec,
-        None if mask is None else (mask.shape, mask.dtype, mask.device),
+        None if mask is None else (mask.shape, mask.dtype, mask.device, mask_form(mask)),
         None if sinks is None else (sinks.shape, sinks.device),
     )  # fmt: skip
     chosen = _CHOSEN.get(form)
@@ -198,39 +206,16 @@ def choose(
 
 
 def _first(x: Inputs) -> Backend:
-    names = PREFERENCE.get((x.q.device.type, x.form), ELSEWHERE)
+    elsewhere = DOCUMENTS_ELSEWHERE if x.form in _DOCUMENTS else ELSEWHERE
+    names = PREFERENCE.get((x.q.device.type, x.form), elsewhere)
     return next((BACKENDS[name] for name in names if refusal(BACKENDS[name], x) is None), BACKENDS["eager"])
-
-
-def check_fit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> None:
-    """Raise ``ValueError`` where shapes, dtypes or devices do not fit one another."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.ndim == k.ndim == v.ndim == 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
-        raise ValueError(f"attention: {shapes}; expected q (B, Hq, S, D), k (B, Hk, T, D) and v (B, Hk, T, E)")
-    if q.shape[3] != k.shape[3] or q.shape[1] % max(1, k.shape[1]):
-        raise ValueError(f"attention: {shapes}; expected q and k of one D, and Hq a multiple of Hk")
-    tensors = [t for t in (q, k, v, mask, sinks) if t is not None]
-    if len({t.device for t in tensors}) > 1 or len({t.dtype for t in (q, k, v)}) > 1:
-        said = ", ".join(f"{t.dtype} on {t.device}" for t in tensors)
-        raise ValueError(f"attention: got {said}; expected q, k and v of one dtype, and everything on one device")
-    if mask is not None and not _mask_fits(mask, (*q.shape[:3], k.shape[2])):
-        said, scores = f"{mask.dtype} {tuple(mask.shape)}", (*q.shape[:3], k.shape[2])
-        raise ValueError(f"attention: mask {said}; expected bool or floating, broadcastable to {scores}")
-    if sinks is not None and sinks.shape != q.shape[1:2]:
-        raise ValueError(f"attention: sinks {tuple(sinks.shape)}; expected one for each of {q.shape[1]} query heads")
-
-
-def _mask_fits(mask: Tensor, scores: tuple[int, ...]) -> bool:
-    sizes = zip(reversed(mask.shape), reversed(scores), strict=False)
-    known = mask.dtype == torch.bool or mask.is_floating_point()
-    return known and mask.ndim <= 4 and all(n in (1, m) for n, m in sizes)
 
 
 def prepared(backend: Backend, x: Inputs) -> Inputs:
     """The call as ``backend`` reads it: other masks written out, key heads repeated, layouts that it can walk."""
     q, k, v, mask, form = x.q, x.k, x.v, x.mask, x.form
     if form not in backend.forms:
-        mask, form = band(q, k, x.spec), "mask"
+        mask, form = written(x), "mask"
     if not backend.grouped:
         k, v = kernels.repeated(k, q.shape[1]), kernels.repeated(v, q.shape[1])
     if backend.forward is not None:
@@ -247,13 +232,15 @@ def forward(
     """out (B, Hq, S, E) in (B, S, Hq, E) memory, and the extras that ``backward`` needs.
 
     Extras of a functional backend are tensors or None, the first the log-sum-exp in float32; a differentiable one's are
-    a ``Graph``. Call it where autograd is off.
+    a ``Graph``; those of documents taken apart are the extras of each call. Call it where autograd is off.
     """
     return run(choose(q, k, v, mask, spec, sinks), inputs_of(q, k, v, mask, sinks, spec))
 
 
 def run(backend: Backend, x: Inputs) -> tuple[Tensor, tuple[Any, ...]]:
     """``forward`` by a given backend."""
+    if backend.apart:
+        return ways.forward_apart(x, forward)
     if backend.forward is None:
         return _record(backend, x)
     out, extras = backend.forward(prepared(backend, x))
@@ -272,6 +259,9 @@ def _record(backend: Backend, x: Inputs) -> tuple[Tensor, tuple[Any, ...]]:
 
 def differentiable(backend: Backend, x: Inputs) -> Tensor:
     """out by a backend that autograd follows."""
+    if backend.apart:
+        parts = [attention(*call[:-1], spec=call[-1]) for call in ways.calls(x)]
+        return ways.together(parts, ways.documents_in(x))
     if backend.differentiable is None:
         raise ValueError(f"attention: autograd cannot follow backend {backend.name}; call run and run_backward")
     return token_major(backend.differentiable(prepared(backend, x)))
@@ -311,6 +301,8 @@ def run_backward(
     backend: Backend, dout: Tensor, x: Inputs, out: Tensor, extras: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``backward`` by a given backend."""
+    if backend.apart:
+        return ways.backward_apart(dout, x, out, extras, backward)
     if backend.backward is None:
         (graph,) = extras
         dq, dk, dv, *rest = torch.autograd.grad(graph.out, graph.leaves, dout)
@@ -327,7 +319,9 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, spec: AttentionSpec
     ) -> Tensor:
         out, extras = forward(q, k, v, mask, sinks, spec)
-        ctx.save_for_backward(q, k, v, mask, sinks, out, *extras)
+        # Hooks on what autograd saves would write a mask of documents out.
+        ctx.documents = mask if isinstance(mask, DocumentMask) else None
+        ctx.save_for_backward(q, k, v, mask if ctx.documents is None else None, sinks, out, *extras)
         ctx.spec = spec
         return out
 
@@ -337,6 +331,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, dout: Tensor
     ) -> tuple[Tensor | None, ...]:
         q, k, v, mask, sinks, out, *extras = ctx.saved_tensors
+        mask = mask if ctx.documents is None else ctx.documents
         dq, dk, dv, dsinks = backward(dout, q, k, v, out, tuple(extras), mask, sinks, ctx.spec)
         return dq, dk, dv, None, dsinks, None
 
@@ -351,7 +346,7 @@ def attention(
     backend = choose(q, k, v, mask, spec, sinks)
     if mask is not None and mask.requires_grad:
         return token_major(reference(q, k, v, mask, sinks, spec=spec))
-    if backend.differentiable is not None:
+    if backend.differentiable is not None or backend.apart:
         return differentiable(backend, inputs_of(q, k, v, mask, sinks, spec))
     return _Attention.apply(q, k, v, mask, sinks, spec)
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from sloth_kernels.launch import cdiv, next_power_of_2, on_device_of, row_strides, runs_triton, tl, triton
+from sloth_kernels.launch import Launcher, cdiv, next_power_of_2, row_strides, runs_triton, tl, triton
 from sloth_kernels.op import Call, Case, Op, Timing
 
 VARIANTS = ("silu", "gelu", "gelu_tanh")
@@ -66,6 +66,7 @@ def _place(cols, blocks, BLOCK: tl.constexpr):
     return row, start, start + tl.arange(0, BLOCK) < cols
 
 
+@Launcher
 @triton.jit
 def _glu_forward_kernel(
     gate_ptr, up_ptr, y_ptr, cols, blocks, gate_stride, up_stride, y_stride,
@@ -79,6 +80,7 @@ def _glu_forward_kernel(
     tl.store(y_ptr + row * y_stride + start + i, act * up, mask=mask)
 
 
+@Launcher
 @triton.jit
 def _glu_backward_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, cols, blocks, dy_stride, gate_stride, up_stride,
@@ -94,6 +96,7 @@ def _glu_backward_kernel(
     tl.store(dup_ptr + row * cols + start + i, dy * act, mask=mask)
 
 
+@Launcher
 @triton.jit
 def _glu_low_rank_backward_kernel(
     dy_ptr, u_ptr, A_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, cols, rank,
@@ -140,10 +143,7 @@ def forward(gate: torch.Tensor, up: torch.Tensor, variant: str, room: int = 0) -
     y = y[..., :width] if room else y
     (gate, up, _), strides, cols = _rows(gate, up, y)
     grid, blocks, block, num_warps = _grid(y.numel(), cols)
-    with on_device_of(y):
-        _glu_forward_kernel[grid](
-            gate, up, y, cols, blocks, *strides, VARIANT=variant, BLOCK=block, num_warps=num_warps
-        )
+    _glu_forward_kernel(grid, gate, up, y, cols, blocks, *strides, VARIANT=variant, BLOCK=block, num_warps=num_warps)
     return y
 
 
@@ -162,10 +162,9 @@ def backward(
     dgate, dup = _results(gate, up, overwrite)
     (dy, gate, up), strides, cols = _rows(dy, gate, up)
     grid, blocks, block, num_warps = _grid(dup.numel(), cols)
-    with on_device_of(dy):
-        _glu_backward_kernel[grid](
-            dy, gate, up, dgate, dup, cols, blocks, *strides, VARIANT=variant, BLOCK=block, num_warps=num_warps
-        )
+    _glu_backward_kernel(
+        grid, dy, gate, up, dgate, dup, cols, blocks, *strides, VARIANT=variant, BLOCK=block, num_warps=num_warps
+    )
     return dgate, dup
 
 
@@ -195,15 +194,15 @@ def low_rank_backward(
     dgate, dup = _results(gate, up, overwrite)
     gate, gate_stride, _ = row_strides(gate)
     up, up_stride, _ = row_strides(up)
-    rows, cols = dy.shape
+    (rows, cols), rank = dy.shape, u_TR.shape[1]
     block_t, block_i, num_warps = LOW_RANK_TILE
-    with on_device_of(dy):
-        _glu_low_rank_backward_kernel[cdiv(rows, block_t), cdiv(cols, block_i)](
-            dy, u_TR, A_RI, gate, up, dgate, dup, rows, cols, u_TR.shape[1],
-            dy.stride(0), u_TR.stride(0), A_RI.stride(0), gate_stride, up_stride,
-            VARIANT=variant, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=max(16, next_power_of_2(u_TR.shape[1])),
-            num_warps=num_warps,
-        )  # fmt: skip
+    _glu_low_rank_backward_kernel(
+        (cdiv(rows, block_t), cdiv(cols, block_i)),
+        dy, u_TR, A_RI, gate, up, dgate, dup, rows, cols, rank,
+        dy.stride(0), u_TR.stride(0), A_RI.stride(0), gate_stride, up_stride,
+        VARIANT=variant, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=max(16, next_power_of_2(rank)),
+        num_warps=num_warps,
+    )  # fmt: skip
     return dgate, dup
 
 

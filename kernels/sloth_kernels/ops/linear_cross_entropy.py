@@ -197,6 +197,7 @@ def _forward(
         grads.add(x_CV, hidden_CH, weight_VH, rows)
 
     if bf16_weight and grads.weight_VH is not None:
+        x_CV = buffer = None  # the logits' memory is free before dW takes some in a second dtype
         grads = grads._replace(weight_VH=grads.weight_VH.to(torch.bfloat16))
     loss_sum, entropy_sum, n_correct = (row_N.sum() for row_N in stats_3N)  # no views: users write loss /= n
     return LossSums(loss_sum, entropy_sum, n_correct.long(), labels_T.new_full((), n_rows)), rows_N, grads

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from sloth_kernels.launch import cdiv, on_device_of, runs_triton, tl, triton
+from sloth_kernels.launch import Launcher, cdiv, runs_triton, tl, triton
 from sloth_kernels.op import Call, Case, Op, Timing
 
 WORDS, WARPS = 512, 8
@@ -82,6 +82,7 @@ def reference(
     return weight if out is None else out.copy_(weight)
 
 
+@Launcher
 @triton.jit
 def _dequantize_kernel(
     packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, n_bytes, n_weights,
@@ -114,23 +115,23 @@ def forward(quantized: Quantized4bit, out: torch.Tensor) -> torch.Tensor:
     if not fits or not runs_triton(out, quantized.code):
         return reference(*quantized, dtype=out.dtype, out=out)
     packed = quantized.packed.view(torch.uint8)
-    with on_device_of(out):
-        _dequantize_kernel[(cdiv(packed.numel(), 4 * WORDS),)](
-            packed,
-            quantized.absmax,
-            quantized.code,
-            quantized.nested_absmax,
-            quantized.nested_code,
-            quantized.offset,
-            out,
-            packed.numel(),
-            out.numel(),
-            WORDS_PER_BLOCK=quantized.blocksize // 8,
-            NESTED_BLOCK=0 if quantized.nested_absmax is None else quantized.nested_blocksize,
-            BLOCK_W=WORDS,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
+    _dequantize_kernel(
+        (cdiv(packed.numel(), 4 * WORDS),),
+        packed,
+        quantized.absmax,
+        quantized.code,
+        quantized.nested_absmax,
+        quantized.nested_code,
+        quantized.offset,
+        out,
+        packed.numel(),
+        out.numel(),
+        WORDS_PER_BLOCK=quantized.blocksize // 8,
+        NESTED_BLOCK=0 if quantized.nested_absmax is None else quantized.nested_blocksize,
+        BLOCK_W=WORDS,
+        num_warps=WARPS,
+        enable_fp_fusion=False,
+    )
     return out
 
 

@@ -25,11 +25,11 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sloth_kernels.launch import (
+    Launcher,
     cdiv,
     inner_rows,
     multiprocessors,
     next_power_of_2,
-    on_device_of,
     row_strides,
     runs_triton,
     tl,
@@ -74,6 +74,7 @@ def _scale(w_ptr, cols, mask, HAS_WEIGHT: tl.constexpr, PLUS_ONE: tl.constexpr):
     return scale
 
 
+@Launcher
 @triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm_forward_kernel(
     x_ptr, w_ptr, y_ptr, rstd_ptr, n_rows, inner, x_outer, x_inner, y_stride, eps, H: tl.constexpr,
@@ -91,6 +92,7 @@ def _rms_norm_forward_kernel(
     tl.store(y_ptr + rows.to(tl.int64)[:, None] * y_stride + cols[None, :], y, mask=mask)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["n_rows"])
 def _rms_norm_backward_kernel(
     dy_ptr, x_ptr, w_ptr, rstd_ptr, dx_ptr, partial_ptr, add_ptr,
@@ -122,6 +124,7 @@ def _rms_norm_backward_kernel(
         tl.store(partial_ptr + tl.program_id(0) * H + cols, tl.sum(dw, 0), mask=cols < H)
 
 
+@Launcher
 @triton.jit(do_not_specialize=["n_partials"])
 def _rms_norm_sum_partials_kernel(
     partial_ptr, dw_ptr, n_partials, H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr
@@ -144,7 +147,7 @@ def _tile(hidden: int) -> tuple[int, int, int]:
 
 
 def _output_dtype(x: torch.Tensor, weight: torch.Tensor | None, variant: str) -> torch.dtype:
-    if weight is None or variant != "cast_scale":
+    if weight is None or weight.dtype == x.dtype or variant != "cast_scale":
         return x.dtype
     return torch.promote_types(x.dtype, weight.dtype)
 
@@ -164,16 +167,16 @@ def forward(
     y = torch.empty(*x.shape[:-1], hidden + room, dtype=_output_dtype(x, weight, variant), device=x.device)
     y = y[..., :hidden] if room else y
     rstd_T = torch.empty(n_rows, dtype=torch.float32, device=x.device)
-    with on_device_of(x):
-        _rms_norm_forward_kernel[(cdiv(n_rows, block_t),)](
-            x, weight, y, rstd_T, n_rows, inner, x_outer, x_inner, hidden + room, eps,
-            H=hidden,
-            HAS_WEIGHT=weight is not None,
-            PLUS_ONE=variant == "scale_cast_plus_one",
-            BLOCK_T=block_t,
-            BLOCK_H=block_h,
-            num_warps=num_warps,
-        )  # fmt: skip
+    _rms_norm_forward_kernel(
+        (cdiv(n_rows, block_t),),
+        x, weight, y, rstd_T, n_rows, inner, x_outer, x_inner, hidden + room, eps,
+        H=hidden,
+        HAS_WEIGHT=weight is not None,
+        PLUS_ONE=variant == "scale_cast_plus_one",
+        BLOCK_T=block_t,
+        BLOCK_H=block_h,
+        num_warps=num_warps,
+    )  # fmt: skip
     return y, x, rstd_T
 
 
@@ -198,21 +201,21 @@ def backward(
     x, x_outer, x_inner = row_strides(x, inner)
     dy, dy_outer, dy_inner = row_strides(dy, inner)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with on_device_of(x):
-        _rms_norm_backward_kernel[(programs,)](
-            dy, x, weight, rstd_T, dx, partial_PH, None if add is None else add.contiguous(),
-            rstd_T.numel(), inner, dy_outer, dy_inner, x_outer, x_inner,
-            H=hidden,
-            HAS_WEIGHT=weight is not None,
-            PLUS_ONE=variant == "scale_cast_plus_one",
-            SUM_DW=sum_dw,
-            ADD=add is not None,
-            BLOCK_T=block_t,
-            BLOCK_H=block_h,
-            STAGES=STAGES if sum_dw else 1,
-            num_warps=num_warps,
-        )  # fmt: skip
-        return dx, _sum_partials(partial_PH, weight)
+    _rms_norm_backward_kernel(
+        (programs,),
+        dy, x, weight, rstd_T, dx, partial_PH, None if add is None else add.contiguous(),
+        rstd_T.numel(), inner, dy_outer, dy_inner, x_outer, x_inner,
+        H=hidden,
+        HAS_WEIGHT=weight is not None,
+        PLUS_ONE=variant == "scale_cast_plus_one",
+        SUM_DW=sum_dw,
+        ADD=add is not None,
+        BLOCK_T=block_t,
+        BLOCK_H=block_h,
+        STAGES=STAGES if sum_dw else 1,
+        num_warps=num_warps,
+    )  # fmt: skip
+    return dx, _sum_partials(partial_PH, weight)
 
 
 def _sum_partials(partial_PH: torch.Tensor | None, weight: torch.Tensor | None) -> torch.Tensor | None:
@@ -220,8 +223,8 @@ def _sum_partials(partial_PH: torch.Tensor | None, weight: torch.Tensor | None) 
         return None
     n_partials, hidden = partial_PH.shape
     dw = torch.empty_like(weight)
-    _rms_norm_sum_partials_kernel[(cdiv(hidden, 32),)](
-        partial_PH, dw, n_partials, H=hidden, BLOCK_P=64, BLOCK_H=32, num_warps=4
+    _rms_norm_sum_partials_kernel(
+        (cdiv(hidden, 32),), partial_PH, dw, n_partials, H=hidden, BLOCK_P=64, BLOCK_H=32, num_warps=4
     )
     return dw
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sloth_kernels.cases.rope import cases, timings
-from sloth_kernels.launch import next_power_of_2, on_device_of, runs_triton, tl, triton
+from sloth_kernels.launch import Launcher, next_power_of_2, runs_triton, tl, triton
 from sloth_kernels.op import Op
 from sloth_kernels.rotations import ROTATIONS, VARIANTS, Rotation
 
@@ -134,6 +134,7 @@ def _load_angles(ptr, A: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr, HALF
     return a[None, :], b[None, :]
 
 
+@Launcher
 @triton.jit(do_not_specialize=["seq"])
 def _rope_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, seq,
@@ -207,18 +208,18 @@ def _launch(
     cos, sin, angle_batch, angle_seq = _angle_layout(cos, sin)
     seq, q_heads, k_heads = cos.shape[1], q.shape[unsqueeze_dim], k.shape[unsqueeze_dim]
     most_heads, rest = max(1, TILE // block), q.shape[-1] - 2 * half
-    with on_device_of(q):
-        _rope_kernel[(q.shape[0] * seq,)](
-            q, k, q_out, k_out, cos, sin, seq,
-            *q_strides, *k_strides, *q_out_strides, *k_out_strides, angle_batch, angle_seq,
-            Q_HEADS=q_heads, Q_BLOCK=min(most_heads, next_power_of_2(q_heads)),
-            K_HEADS=k_heads, K_BLOCK=min(most_heads, next_power_of_2(k_heads)),
-            HALF=half, BLOCK=block, REST=rest, BLOCK_REST=next_power_of_2(rest),
-            **_angle_entries(rotation, half),
-            FROM_INTERLEAVED=rotation.pairs == "interleaved" if transposed else rotation.pairs != "half",
-            TO_INTERLEAVED=rotation.pairs != "half" if transposed else rotation.pairs == "interleaved",
-            CLOCKWISE=rotation.clockwise, TRANSPOSED=transposed, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    _rope_kernel(
+        (q.shape[0] * seq,),
+        q, k, q_out, k_out, cos, sin, seq,
+        *q_strides, *k_strides, *q_out_strides, *k_out_strides, angle_batch, angle_seq,
+        Q_HEADS=q_heads, Q_BLOCK=min(most_heads, next_power_of_2(q_heads)),
+        K_HEADS=k_heads, K_BLOCK=min(most_heads, next_power_of_2(k_heads)),
+        HALF=half, BLOCK=block, REST=rest, BLOCK_REST=next_power_of_2(rest),
+        **_angle_entries(rotation, half),
+        FROM_INTERLEAVED=rotation.pairs == "interleaved" if transposed else rotation.pairs != "half",
+        TO_INTERLEAVED=rotation.pairs != "half" if transposed else rotation.pairs == "interleaved",
+        CLOCKWISE=rotation.clockwise, TRANSPOSED=transposed, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,10 +7,11 @@ where they are not loaded, no module can be of their making.
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 class LiveLinear:
     """One linear of a model, read anew at each call."""
 
-    __slots__ = ("_As", "_base", "_layer", "_parts", "module")
+    __slots__ = ("_As", "_base", "_known", "_layer", "_parts", "module")
 
     def __init__(self, module: nn.Module, base: _Base, layer: Any) -> None:
         self.module = module
@@ -33,6 +34,7 @@ class LiveLinear:
         self._layer = layer
         self._As: dict[str, nn.Module] = {} if layer is None else layer.lora_A._modules
         self._parts: dict[str, _Parts] = {}
+        self._known: LoraLinear | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> LiveLinear | str:
@@ -77,20 +79,20 @@ class LiveLinear:
         return self._base.obstacle()
 
     def read(self) -> LoraLinear:
-        """Weight, bias and active adapters as they are now; call it where ``obstacle()`` is None."""
+        """Weight, bias and active adapters as they are now; call it where ``obstacle()`` is None.
+
+        The same object as long as nothing but the tensors' values has changed.
+        """
         weight, bias_N = self._base.read()
-        layer = self._layer
-        if layer is None:
-            return LoraLinear(weight, bias_N)
-        adapters = []
-        for name in layer.active_adapters:
-            parts = self._parts_of(name)
-            if parts is not None:
-                A, B, dropout = parts
-                p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-                A_RK, B_NR = A._parameters["weight"], B._parameters["weight"]
-                adapters.append(Adapter(A_RK, B_NR, layer.scaling[name], p))  # type: ignore[arg-type]
-        return LoraLinear(weight, bias_N, adapters)
+        layer, known, adapters = self._layer, self._known, []
+        if layer is not None:
+            for name in layer.active_adapters:
+                parts = self._parts_of(name)
+                if parts is not None:
+                    adapters.append(parts.read(layer.scaling[name]))
+        if known is None or known.weight is not weight or known.bias_N is not bias_N or not _same(known, adapters):
+            known = self._known = LoraLinear(weight, bias_N, adapters)
+        return known
 
     def _parts_of(self, name: str) -> _Parts | None:
         """The modules of an adapter; None where this layer has none of that name."""
@@ -121,16 +123,38 @@ class LiveLinear:
         return None
 
 
-class _Parts(NamedTuple):
-    """The modules of one adapter."""
+class _Parts:
+    """The modules of one adapter, and what was read of them last."""
 
-    A: nn.Module
-    B: nn.Module
-    dropout: nn.Module
+    __slots__ = ("A", "B", "_adapter", "_form", "dropout")
+
+    def __init__(self, A: nn.Module, B: nn.Module, dropout: nn.Module) -> None:
+        self.A, self.B, self.dropout = A, B, dropout
+        self._adapter: Adapter | None = None
+        self._form: tuple[Any, ...] = ()
+
+    def read(self, scale: float) -> Adapter:
+        """The adapter as it is now: the same object as long as nothing but values has changed."""
+        known, dropout = self._adapter, self.dropout
+        A_RK: Any = self.A._parameters["weight"]
+        B_NR: Any = self.B._parameters["weight"]
+        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        # Whoever sets ``.data`` may leave the parameter as it is but for its shape and dtype.
+        form = A_RK.shape, B_NR.shape, A_RK.dtype, B_NR.dtype, scale, p
+        if known is None or known.A_RK is not A_RK or known.B_NR is not B_NR or form != self._form:
+            known = self._adapter = Adapter(A_RK, B_NR, scale, p)
+            self._form = form
+        return known
+
+
+def _same(known: LoraLinear, adapters: list[Adapter]) -> bool:
+    """Whether these are its adapters, object by object."""
+    return len(adapters) == len(known.adapters) and all(map(operator.is_, adapters, known.adapters))
 
 
 def _unusual(name: str, parts: _Parts) -> str | None:
     """What keeps an adapter from being two plain products behind a dropout."""
+    modules = parts.A, parts.B, parts.dropout
     for module in (parts.A, parts.B):
         if type(module).forward is not nn.Linear.forward:
             return f"adapter {name!r} has a {_class_name(module)} in place of a linear"
@@ -138,7 +162,7 @@ def _unusual(name: str, parts: _Parts) -> str | None:
         return f"adapter {name!r} has a bias of its own (lora_bias)"
     if type(parts.dropout) not in (nn.Dropout, nn.Identity):
         return f"adapter {name!r} has a {_class_name(parts.dropout)} in place of a dropout"
-    return next((f"in adapter {name!r} a part {reason}" for reason in map(_tampered, parts) if reason), None)
+    return next((f"in adapter {name!r} a part {reason}" for reason in map(_tampered, modules) if reason), None)
 
 
 # The weight -----------------------------------------------------------------------------------------------------------
@@ -147,11 +171,12 @@ def _unusual(name: str, parts: _Parts) -> str | None:
 class _Base:
     """A linear without adapters. Subclasses say what its weight is."""
 
-    __slots__ = ("_parameter", "_weight", "module")
+    __slots__ = ("_form", "_parameter", "_weight", "module")
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._parameter: torch.Tensor | None = None
+        self._form: tuple[Any, ...] = ()
         self._weight: Any = None
 
     def describe(self) -> str:
@@ -169,9 +194,10 @@ class _Base:
     def read(self) -> tuple[Weight, torch.Tensor | None]:
         """Weight and bias as they are now."""
         parameters = self.module._parameters
-        parameter = parameters["weight"]
-        if parameter is not self._parameter:
-            self._weight, self._parameter = DenseWeight(parameter), parameter  # type: ignore[arg-type]
+        parameter: Any = parameters["weight"]
+        form = parameter.shape, parameter.dtype, parameter.requires_grad
+        if parameter is not self._parameter or form != self._form:
+            self._weight, self._parameter, self._form = DenseWeight(parameter), parameter, form
         return self._weight, parameters["bias"]
 
 
@@ -220,7 +246,7 @@ class _Base4bit(_Base):
         state = self._state()
         if state is None:
             return "its weight is not quantised yet: bitsandbytes does so when the model moves to its device"
-        if getattr(state, "packing_format_for_cpu", False):
+        if vars(state).get("packing_format_for_cpu"):
             return "bitsandbytes has packed its weight for the CPU's own kernels"
         return None
 

@@ -33,7 +33,7 @@ from sloth_plugins.layer_programs.passes import Layer, Passes, shared_budget
 from sloth_plugins.layer_programs.probe import Seen, constants_of, disagreement, evaluating, observe
 from sloth_plugins.offloaded_checkpointing import make_ring
 from sloth_plugins.offloaded_checkpointing.seam import Rings, checkpointed_layers
-from sloth_plugins.program_layers import mark
+from sloth_plugins.program_layers import mark, set_planner
 
 CAPABILITY = "layer_program"
 OPS = ("rms_norm", "rope", "glu", "lora", "attention")
@@ -118,6 +118,7 @@ def _install(
         forward = _forward(layer, program, passes, index)
         edits.set(layer, "forward", types.MethodType(forward, layer))
         mark(layer, edits)
+    set_planner(model, passes, edits)
     leave_alone(model, list(made), edits)
     edits.on_undo(lambda: cache.hold(0))
 

@@ -22,6 +22,7 @@ from sloth_backend.plan import Cached, Costs, Level, MemoryPlan
 from sloth_backend.run import Run
 from sloth_kernels.adapters import autocast_dtype
 from sloth_kernels.dense_cache import DenseCache
+from sloth_kernels.documents import DocumentMask
 from sloth_kernels.linears import DENSE_TRAFFIC
 from sloth_kernels.ops.linear_cross_entropy import LOGITS_BYTES, rows_per_chunk
 from sloth_kernels.program import INPUT, Park
@@ -77,6 +78,20 @@ def shared_budget(run: Run) -> int | None:
     return agreed(device_budget(run.device, run.config), run.device)
 
 
+def shape_of(x: torch.Tensor, mask: torch.Tensor | None) -> Shape:
+    """Of a pass with the input x (B, S, H). That of documents, which differ from pass to pass, is rounded up."""
+    autocast = autocast_dtype(x)
+    if isinstance(mask, DocumentMask):
+        return Shape(_coarse(mask.documents.tokens), _coarse(mask.documents.longest), autocast)
+    return Shape(x.shape[:-1].numel(), x.shape[-2], autocast)
+
+
+def _coarse(tokens: int) -> int:
+    """At least ``tokens``, and at most an eighth more where they are many: few shapes, few plans."""
+    step = max(64, 1 << tokens.bit_length() >> 4)
+    return -(-tokens // step) * step
+
+
 class Chosen(NamedTuple):
     """A plan, what it was chosen from, and how the loss runs under it."""
 
@@ -88,8 +103,8 @@ class Chosen(NamedTuple):
     def seconds(self) -> float:
         """Beyond the fastest there is: of layers, of the loss, and of weights that are not cached."""
         cached = self.costs.cached
-        saved = sum(cached.seconds_per_layer[: self.plan.cached_layers]) if cached is not None else 0.0
-        return sum(level.seconds for level in self.plan.levels) + self.loss_seconds - saved
+        made_dense = sum(cached.seconds_per_layer[self.plan.cached_layers :]) if cached is not None else 0.0
+        return sum(level.seconds for level in self.plan.levels) + self.loss_seconds + made_dense
 
 
 class Passes:
@@ -121,12 +136,16 @@ class Passes:
         self.traced: dict[torch.dtype | None, list[Layer]] = {None: self.layers}
         """Autocast's dtype -> the layers as they are under it; those that are alike share one."""
         self.plans: dict[Shape, Chosen] = {}
+        self.passed: dict[Shape, MemoryPlan] = {}
+        """Of the plans, those that passes ran under."""
         self.shape: Shape | None = None
         self.plan: MemoryPlan | None = None
         self.to_come: list[int] = []
         """How many values of this pass go to host memory from each layer on."""
         self.last = -1
         """The layer that ran last: a pass is over when one that is not above it runs."""
+        self.seen = -1
+        """The same with passes without gradients."""
         self.count = 0
         self.fixed_bytes: int | None = None
         self.limit: int | None = None
@@ -134,16 +153,22 @@ class Passes:
     def run_layer(self, index: int, x: torch.Tensor, constants: Mapping[str, Any]) -> torch.Tensor:
         """The output of layer ``index`` for its input (B, S, H)."""
         programs = self.layers[index].programs
+        if index <= self.seen:
+            self.cache.expire()
+        self.seen = index
         if not torch.is_grad_enabled():
             return programs[0](x, constants)
         if index <= self.last or self.plan is None:
-            self._begin(x)
+            self._begin(x, constants.get("mask"))
         self.last = index
         assert self.plan is not None
         level = self.plan.levels[index]
         program = programs[level.tile_rows]
         with self._offloading(level, index, x):
-            return program(x, constants, level.kept, self._tighten, self._park(level, index))
+            y = program(x, constants, level.kept, self._tighten, self._park(level, index))
+        if self.rings is not None and self.to_come[0] and not self.to_come[index]:
+            self.rings.settle()
+        return y
 
     def planned(self, shape: Shape, device: torch.device) -> MemoryPlan:
         """The plan for passes of ``shape``."""
@@ -161,6 +186,17 @@ class Passes:
                 candidates.append(Chosen(plan, costs, tile, seconds))
             self.plans[shape] = min(candidates, key=self._merit(device))
         return self.plans[shape].plan
+
+    def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None) -> float | None:
+        """Seconds that a pass of documents takes beyond its fastest plan; None where no plan of it fits."""
+        device = self.layers[0].x.device
+        shape = Shape(_coarse(tokens), _coarse(longest), autocast)
+        return self.plans[shape].seconds() if self.planned(shape, device).fits else None
+
+    @property
+    def saves_memory(self) -> bool:
+        """Whether memory counts more than time."""
+        return self._mode(self.layers[0].x.device) == "least"
 
     def _choose(self, costs: Costs, shape: Shape, budget: int | None, device: torch.device) -> MemoryPlan:
         if self.given is not None:
@@ -192,9 +228,8 @@ class Passes:
 
     # A pass begins ----------------------------------------------------------------------------------------------
 
-    def _begin(self, x: torch.Tensor) -> None:
-        shape = Shape(x.shape[:-1].numel(), x.shape[-2], autocast_dtype(x))
-        first = shape not in self.plans
+    def _begin(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
+        shape = shape_of(x, mask)
         self.plan, self.shape = self.planned(shape, x.device), shape
         self.cache.hold(self.plan.cached_layers)
         away = [len(level.offloaded) for level in self.plan.levels]
@@ -203,10 +238,11 @@ class Passes:
             self.rings.depth = max([1, *away])
         limit_logits(self.plans[shape].loss_tile)
         self.count += 1
-        if first and len(self.plans) == 1:
+        self.passed[shape] = self.plan
+        if self.count == 1:
             self._say(plans.planned(self.plan))
         if self.count == SETTLED and x.is_cuda:
-            largest = max((c.plan for c in self.plans.values()), key=lambda plan: plan.predicted_peak_bytes)
+            largest = max(self.passed.values(), key=lambda plan: plan.predicted_peak_bytes)
             self._say(plans.measured(largest, torch.cuda.max_memory_allocated(x.device)))
 
     def _offloading(self, level: Level, index: int, x: torch.Tensor) -> Any:
@@ -284,8 +320,13 @@ class Passes:
             return 4 * hidden, 0.0
         row = 2 * head.weight.shape[0]
         rows = min(shape.tokens, rows_per_chunk(shape.tokens, row, tile))
+        logits, gradient = rows * row, 0
+        if head.weight.requires_grad:
+            # Summed in float32 over several tiles, and then rounded; in bf16 in one.
+            size = head.weight.numel()
+            logits, gradient = max(logits, 2 * size * (rows < shape.tokens)), (4 if rows < shape.tokens else 2) * size
         # Each tile reads the whole head three times.
-        return 4 * hidden + rows * row, 3 * head.weight.nbytes / BYTES * (shape.tokens / rows - 1)
+        return 4 * hidden + logits + gradient, 3 * head.weight.nbytes / BYTES * (shape.tokens / rows - 1)
 
     def _budget(self, device: torch.device) -> int | None:
         budget = self.shared_budget
@@ -318,7 +359,7 @@ class Passes:
         if tighter is None:
             return
         self.limit, self.given = tighter.budget_bytes, None
-        self.plans = {self.shape: chosen._replace(plan=tighter)}
+        self.plans, self.passed = {self.shape: chosen._replace(plan=tighter)}, {self.shape: tighter}
         words = f"out of memory: kept values were given up, from now on {plans.describe(tighter)}"
         self._say(Finding("warned", "memory", words, CAPABILITY))
 
@@ -334,8 +375,10 @@ class Passes:
 def _trailing_bytes(plan: MemoryPlan) -> int:
     """Bytes that are still on the device at the end of forward, though their levels send them away.
 
-    What the last such layer sent is let go of when the next one sends, which none does; and the first layer's input,
-    where it is a leaf that wants a gradient, is held by autograd itself.
+    What a layer sent is let go of after the next one has run, and none comes after the last; and the first layer's
+    input, where it is a leaf that wants a gradient, is held by autograd itself.
     """
     leaving = [level.host_bytes for level in plan.levels if level.offloaded]
-    return leaving[-1] + leaving[0] if leaving else 0
+    if not leaving:
+        return 0
+    return leaving[0] + (leaving[-1] if plan.levels[-1].offloaded else 0)

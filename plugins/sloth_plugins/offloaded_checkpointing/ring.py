@@ -155,6 +155,13 @@ class Ring:
             self._leaving.append(self._last)
             return handles
 
+    def settle(self) -> None:
+        """Let go of everything that was sent away; for when a layer has run since that sends nothing."""
+        with self._lock:
+            while self._leaving:
+                for earlier in _alive(self._leaving.popleft()):
+                    self._let_go(earlier)
+
     def restore(self, handle: Handle) -> Tensor:
         """The tensor of ``handle``; besides, those that backward needs next are sent on their way."""
         with self._lock:

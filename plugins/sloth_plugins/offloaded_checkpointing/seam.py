@@ -85,6 +85,12 @@ class Rings:
                 handles |= zip(here, ring.save(list(here.values()), layers_to_come), strict=True)
         return handles
 
+    def settle(self) -> None:
+        """See ``Ring.settle``."""
+        for ring in self._rings.values():
+            if ring is not None:
+                ring.settle()
+
     @property
     def bytes_held(self) -> int:
         """Bytes of host memory held at present."""

@@ -1,0 +1,56 @@
+"""How many passes a step takes: as few as pay, from what the memory plan says of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from sloth_plugins.batch_fusion.rows import Rows
+
+PASS_SECONDS = 0.02
+"""What one more pass costs beside its tokens: launches, and gradients that are added once more (8B shapes, one H200)."""
+
+
+class Planner(Protocol):
+    """What knows the cost of a pass: ``layer_programs`` puts one on the model."""
+
+    saves_memory: bool
+    """Whether memory counts more than time."""
+
+    def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None) -> float | None:
+        """Seconds that such a pass takes beyond its fastest plan; None where it does not fit."""
+        ...
+
+
+class Budget:
+    """Chooses among ways to divide a step.
+
+    Args:
+        planner: of the model; None where nobody knows what a pass costs.
+        autocast: what the passes compute in.
+    """
+
+    def __init__(self, planner: Planner | None, autocast: torch.dtype | None) -> None:
+        self.planner, self.autocast = planner, autocast
+
+    def best(self, ways: Sequence[list[Rows]], largest: int) -> list[Rows]:
+        """The cheapest way that fits, of equal ones the one with the fewest passes.
+
+        Where memory counts most, or nobody knows the cost, no pass is larger than the ``largest`` that the host makes,
+        padding included. Where nothing fits it is the way of the smallest passes.
+        """
+        if self.planner is None or self.planner.saves_memory:
+            return next((way for way in ways if max(rows.tokens for rows in way) <= largest), ways[-1])
+        costs: list[tuple[float, int]] = []
+        for i, way in enumerate(ways):
+            seconds = [self.planner.pass_seconds(rows.tokens, max(rows.lengths), self.autocast) for rows in way]
+            if None not in seconds:
+                costs.append((sum(s for s in seconds if s is not None) + len(way) * PASS_SECONDS, i))
+        return ways[min(costs)[1]] if costs else ways[-1]
+
+
+def autocast_of(trainer: Any) -> torch.dtype | None:
+    """What the trainer's model will compute in, as accelerate has it."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(trainer.accelerator.mixed_precision))

@@ -1,0 +1,134 @@
+"""The micro-batches of an accumulation step as few passes, inside the loop of ``transformers.Trainer``.
+
+The loop takes all micro-batches of a step from ``get_batch_samples`` and hands each to ``training_step``. It still gets
+the host's own list, so that its steps, counts, callbacks and checkpoints are the host's; but the last items of the list
+stand for the passes, and the others cost nothing. With data parallelism the last pass is thus the one that synchronises.
+The loss of a pass is the sum over its tokens divided by ``num_items_in_batch``, which the host counts for the whole step,
+so that the passes add up to the gradient that the micro-batches add up to.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sloth_backend.findings import Edits
+from sloth_kernels.documents import remember
+from sloth_plugins.batch_fusion.budget import Budget
+from sloth_plugins.batch_fusion.rows import Rows, UnfitError, divided, joined, positions, rows_of
+
+log = logging.getLogger(__name__)
+
+LOOP = ("get_batch_samples", "training_step", "get_train_dataloader")
+
+
+class Fusion:
+    """What one trainer's steps are made of.
+
+    Args:
+        trainer: whose methods are replaced; it is not kept alive.
+        budget: how large a pass may be.
+        longest: documents of more tokens are left to the host; None for no limit.
+    """
+
+    def __init__(self, trainer: Any, budget: Budget, longest: int | None) -> None:
+        self.trainer = weakref.ref(trainer)
+        self.budget, self.longest = budget, longest
+        self.work: list[tuple[Any, dict[str, torch.Tensor] | None]] = []
+        """Micro-batches of the step, each with the pass that it stands for or None for nothing."""
+        self.told: set[str] = set()
+
+    def install(self, edits: Edits) -> None:
+        """Replace the trainer's methods."""
+        trainer = self.trainer()
+        for name in LOOP:
+            ours, original = getattr(self, name), getattr(type(trainer), name)
+            setattr(trainer, name, types.MethodType(_around(ours, original), trainer))
+        # The model remembers its edits; it must not keep the trainer and its optimizer alive.
+        edits.on_undo(functools.partial(_restore, self.trainer))
+
+    def get_train_dataloader(self, original: Callable[..., Any], trainer: Any) -> Any:
+        """The host's loader; its batches stay in host memory, where rows are cheap to take apart."""
+        loader = original(trainer)
+        if getattr(loader, "device", None) is not None and hasattr(loader, "synchronized_generator"):
+            loader.device = None
+        return loader
+
+    def get_batch_samples(
+        self, original: Callable[..., Any], trainer: Any, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> Any:
+        """The host's micro-batches, with the passes that will be made of them noted."""
+        batches, count = original(trainer, epoch_iterator, num_batches, device)
+        self.work = []
+        if batches and count is not None:
+            try:
+                passes = self._passes(batches)
+            except UnfitError as reason:
+                self._tell(f"a micro-batch is passed as it is: {reason}")
+            else:
+                made = [None] * (len(batches) - len(passes)) + [_inputs(rows, device) for rows in passes]
+                self.work = list(zip(batches, made, strict=True))
+        return batches, count
+
+    def _passes(self, batches: Sequence[Mapping[str, Any]]) -> list[Rows]:
+        parts = [rows_of(batch) for batch in batches]
+        rows = joined(parts)
+        if not rows.tokens:
+            raise UnfitError("it has no tokens")
+        if self.longest is not None and max(rows.lengths) > self.longest:
+            raise UnfitError(f"a row is longer than the {self.longest:,} tokens that the model's attention sees")
+        largest = max(part.padded for part in parts)
+        return self.budget.best([divided(rows, n) for n in range(1, len(parts) + 1)], largest)
+
+    def training_step(
+        self, original: Callable[..., Any], trainer: Any, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """The host's step on the pass that ``inputs`` stands for; a zero where its rows are in another."""
+        stands_for = [made for batch, made in self.work if batch is inputs]
+        if not stands_for:
+            return original(trainer, model, inputs, num_items_in_batch)
+        if stands_for[0] is None:
+            return torch.zeros((), device=trainer.args.device)
+        return original(trainer, model, stands_for[0], num_items_in_batch)
+
+    def _tell(self, reason: str) -> None:
+        if reason not in self.told:
+            self.told.add(reason)
+            log.warning("%s", reason)
+
+
+def _around(ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ours(original, self, *args, **kwargs)
+
+    return method
+
+
+def _restore(trainer: weakref.ref[Any]) -> None:
+    for name in LOOP if trainer() is not None else ():
+        vars(trainer()).pop(name, None)
+
+
+def _inputs(rows: Rows, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the model is called with: one row of all tokens, sent to the device without waiting."""
+    host = {
+        "input_ids": rows.input_ids,
+        "labels": rows.labels,
+        "position_ids": positions(rows.lengths, rows.input_ids.device),
+    }
+    inputs = {name: _sent(value[None], torch.device(device)) for name, value in host.items()}
+    remember(inputs["position_ids"], rows.lengths)
+    return inputs
+
+
+def _sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)

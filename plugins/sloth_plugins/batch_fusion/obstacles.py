@@ -1,0 +1,70 @@
+"""Why the micro-batches of a trainer cannot be passed together. Nothing here is about one batch: see ``rows``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from sloth_backend.run import Run
+from sloth_plugins.batch_fusion.documents import kept_apart
+
+STEP = ("get_batch_samples", "training_step", "compute_loss", "get_train_dataloader")
+"""What a trainer may not have written anew."""
+KNOWN = ("transformers.trainer", "trl.trainer.sft_trainer", "trl.trainer.base_trainer")
+"""Modules whose versions of them add the losses of micro-batches, divided by the tokens of all of them."""
+ADDITIVE_LOSSES = ("nll", "chunked_nll")
+PARALLEL = ("NO", "MULTI_GPU", "MULTI_CPU")
+"""accelerate's kinds of runs in which a process may pass as often as it likes before the last backward."""
+
+
+def obstacle(trainer: Any, model: Any, run: Run) -> str | None:
+    """The first reason to leave the trainer's micro-batches as they are; None where there is none."""
+    return next(_obstacles(trainer, model, run), None)
+
+
+def _obstacles(trainer: Any, model: Any, run: Run) -> Iterator[str]:
+    if run.config.accumulation == "host":
+        yield "accumulation='host'"
+    if not kept_apart(model):
+        yield "rows laid end to end would not be kept apart"
+    for name in STEP:
+        owner = next((kind for kind in type(trainer).__mro__ if name in vars(kind)), None)
+        if owner is not None and owner.__module__ not in KNOWN:
+            yield f"{owner.__name__} has a {name} of its own"
+        if name in vars(trainer):
+            yield f"somebody else has replaced the trainer's {name}"
+    yield from _losses(trainer, model)
+    yield from _randomness(trainer, model, run)
+    kind = trainer.accelerator.distributed_type
+    if str(getattr(kind, "value", kind)) not in PARALLEL or trainer.args.n_gpu > 1:
+        yield f"the run is spread as {kind}, where all processes have to pass equally often"
+    if getattr(trainer.accelerator, "parallelism_config", None) is not None:
+        yield "rows are spread over several processes"
+
+
+def _losses(trainer: Any, model: Any) -> Iterator[str]:
+    """Losses that are not the sum of what each token costs."""
+    args = trainer.args
+    if not trainer.model_accepts_loss_kwargs:
+        yield "the loss of each micro-batch is a mean of its own: the model takes no num_items_in_batch"
+    if trainer.compute_loss_func is not None:
+        yield "compute_loss_func may not be additive"
+    if getattr(trainer, "label_smoother", None) is not None:
+        yield "label smoothing takes means of its own"
+    if getattr(args, "loss_type", None) not in (None, *ADDITIVE_LOSSES):
+        yield f"loss_type={args.loss_type!r} is not the sum of what each token costs"
+    if getattr(trainer, "aux_loss_enabled", False) or getattr(model.config, "output_router_logits", False):
+        yield "the auxiliary loss of routers is not additive"
+    if any(getattr(peft, "is_prompt_learning", False) for peft in getattr(trainer.model, "peft_config", {}).values()):
+        yield "prompt tokens are put before each row"
+
+
+def _randomness(trainer: Any, model: nn.Module, run: Run) -> Iterator[str]:
+    """Random numbers that would be drawn for other shapes than the host draws them for."""
+    if getattr(trainer.args, "neftune_noise_alpha", None):
+        yield "NEFTune's noise depends on the length of the padded row"
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    if run.config.accumulation == "auto" and (drops or getattr(model.config, "attention_dropout", 0.0)):
+        yield "dropout would draw other numbers than the host's; accumulation='fused' passes them together all the same"

@@ -1,0 +1,113 @@
+"""Batches as rows without padding, and rows laid end to end as one batch. Everything stays on the batch's device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""A label that no loss counts."""
+USED = frozenset({"input_ids", "labels", "attention_mask", "position_ids"})
+SAY_THE_SAME = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+"""What a batch may carry beside, which the positions say already."""
+
+
+class UnfitError(Exception):
+    """A batch that cannot be taken apart into rows; the message says why."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows laid end to end.
+
+    Attributes:
+        input_ids: (T,).
+        labels: (T,), each the token's own; ``IGNORED`` where a row of a batch begins, as nothing comes before it.
+        lengths: of the documents: a row of a packed batch holds several. Their sum is T.
+        padded: the tokens of the batch that they are from, padding included.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    lengths: tuple[int, ...]
+    padded: int
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return sum(self.lengths)
+
+
+def rows_of(batch: Mapping[str, Any]) -> Rows:
+    """The rows of a batch of a causal language model, (B, S) or packed (B, S) with positions that start anew.
+
+    Raises:
+        UnfitError: it holds something that cannot be laid end to end.
+    """
+    _check(batch)
+    ids, labels = batch["input_ids"], batch["labels"].clone()
+    labels[:, 0] = IGNORED
+    kept = batch.get("attention_mask")
+    if kept is None:
+        return Rows(ids.reshape(-1), labels.reshape(-1), _documents(ids, batch.get("position_ids")), ids.numel())
+    kept = kept.bool()
+    lengths = kept.sum(1)
+    if not torch.equal(kept, torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]):
+        raise UnfitError("its padding is not on the right")
+    return Rows(ids[kept], labels[kept], tuple(n for n in lengths.tolist() if n), ids.numel())
+
+
+def _check(batch: Mapping[str, Any]) -> None:
+    names = frozenset(name for name, value in batch.items() if value is not None)
+    if strange := names - USED - SAY_THE_SAME:
+        raise UnfitError(f"it carries {', '.join(sorted(strange))}")
+    if missing := {"input_ids", "labels"} - names:
+        raise UnfitError(f"it carries no {', '.join(sorted(missing))}")
+    shapes = {tuple(batch[name].shape) for name in names & USED}
+    if len(shapes) > 1 or len(next(iter(shapes))) != 2:
+        raise UnfitError(f"its tensors are {', '.join(map(str, sorted(shapes)))}, not all (rows, length)")
+    if {"attention_mask", "position_ids"} <= names:
+        raise UnfitError("it carries both attention_mask and position_ids")
+
+
+def _documents(ids: Tensor, positions: Tensor | None) -> tuple[int, ...]:
+    """Lengths of what attends to itself alone: whole rows, or parts of rows where positions start anew."""
+    rows, length = ids.shape
+    if positions is None:
+        return (length,) * rows
+    starts = positions[:, 1:] != positions[:, :-1] + 1
+    starts = torch.cat([starts.new_ones(rows, 1), starts], 1).reshape(-1)
+    begin = starts.nonzero().reshape(-1)
+    if positions.reshape(-1)[begin].any():
+        raise UnfitError("its positions do not start at 0")
+    return tuple(torch.diff(begin, append=begin.new_tensor([ids.numel()])).tolist())
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """All of them as one."""
+    ids, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("input_ids", "labels"))
+    return Rows(ids, labels, tuple(n for part in parts for n in part.lengths), sum(part.padded for part in parts))
+
+
+def divided(rows: Rows, count: int) -> list[Rows]:
+    """``rows`` in at most ``count`` parts of about as many tokens, no document cut in two, in the order they have."""
+    target, parts = rows.tokens / count, []
+    first = begin = end = 0
+    for i, length in enumerate(rows.lengths, 1):
+        end += length
+        if end >= target * (len(parts) + 1) - length / 2 or i == len(rows.lengths):
+            documents = rows.lengths[first:i]
+            parts.append(Rows(rows.input_ids[begin:end], rows.labels[begin:end], documents, end - begin))
+            first, begin = i, end
+    return parts[: count - 1] + ([joined(parts[count - 1 :])] if len(parts) >= count else [])
+
+
+def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(T,): 0, 1, 2... in each document."""
+    sizes = torch.tensor(lengths, device=device)
+    starts = sizes.cumsum(0) - sizes
+    return torch.arange(sum(lengths), device=device) - starts.repeat_interleave(sizes, output_size=sum(lengths))
