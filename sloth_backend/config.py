@@ -41,9 +41,9 @@ class SlothConfig:
         memory: what the memory plan aims at: ``"auto"`` the fastest plan under the budget, ``"least"`` the least
             memory, of several plans the fastest, ``"fastest"`` speed, whether it fits or not.
         vram_budget_gb: GiB of the device that this process may use, the driver's own included; None for what is free.
-        accumulation: how the micro-batches of an accumulation step are passed: ``"auto"`` together, without padding, where
-            that leaves the host's numbers what they are; ``"fused"`` also where dropout then draws other random numbers;
-            ``"host"`` one by one, as the host has them.
+        accumulation: how the micro-batches of an accumulation step are passed: ``"auto"`` together, without padding,
+            where that leaves the host's numbers what they are; ``"fused"`` also where dropout then draws other random
+            numbers; ``"host"`` one by one, as the host has them.
         heal_tokenizer: mend the tokenizer's faults before the host tokenises.
         fix_embeddings: set embedding rows that pre-training never touched to the mean of the trained rows.
         untrained_threshold: a row is untrained when none of its entries is larger than this in magnitude.

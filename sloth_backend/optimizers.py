@@ -42,7 +42,7 @@ ADAM_STATES = 2
 
 
 def state_bytes(
-    optimizer: str, parameters: Iterable[torch.nn.Parameter], embeddings: Iterable[torch.nn.Parameter] = ()
+    optimizer: str, parameters: Iterable[torch.nn.Parameter], embeddings: Iterable[torch.Tensor] = ()
 ) -> float:
     """Bytes of optimizer state for each entry of ``parameters``, the mean over those that train.
 

@@ -57,9 +57,19 @@ class Linears(NamedStage):
         """Of the weights; the adapters' are few."""
         return sum(2.0 * tokens * math.prod(linear.weight.shape) for linear in self.read())
 
-    def workspace(self, tokens: int) -> int:
-        """The largest dense weight that is made for its product."""
-        return max((2 * math.prod(linear.weight.shape) for linear in self._in_4bit()), default=0)
+    def workspace(self, tokens: int, widths: Mapping[str, float], autocast: torch.dtype | None) -> int:
+        """The largest dense weight that is made for its product, and what wide adapters have x, dx and dy cast to."""
+        dense = max((2 * math.prod(linear.weight.shape) for linear in self._in_4bit()), default=0)
+        return dense + int(
+            tokens * max((self._wide_bytes(linear, widths, autocast) for linear in self.read()), default=0)
+        )
+
+    def _wide_bytes(self, linear: LoraLinear, widths: Mapping[str, float], autocast: torch.dtype | None) -> float:
+        """Bytes a token of copies in the dtype of its adapters, where that is wider than x's."""
+        n_out, n_in = linear.weight.shape
+        own = max((adapter.A_RK.dtype.itemsize for adapter in linear.adapters), default=0)
+        computed = own if autocast is None else min(own, autocast.itemsize)
+        return computed * (2 * n_in + n_out) if computed * n_in > widths[self.reads[0]] else 0.0
 
     def traffic(self) -> float:
         """Bytes that move when its 4-bit weights are made dense."""

@@ -107,7 +107,7 @@ class NamedStage:
         """Bytes that move beside its values, whatever the number of tokens."""
         return 0.0
 
-    def workspace(self, tokens: int) -> int:
+    def workspace(self, tokens: int, widths: Mapping[str, float], autocast: torch.dtype | None) -> int:
         """Bytes that it takes while it runs, forward or backward, beside its values and their gradients."""
         return 0
 

@@ -17,7 +17,9 @@ from transformers import TrainerCallback
 import sloth_backend
 from integration_tests import tiny
 from integration_tests.hosts.trl_runs import lora, make_args, make_trainer
+from sloth_plugins.batch_fusion import documents
 from sloth_plugins.batch_fusion.rows import IGNORED
+from sloth_plugins.layer_programs import passes
 
 EXACT = 1e-6
 """What sums in another order leave of float32, relative to a gradient's norm."""
@@ -57,7 +59,7 @@ class Watch(TrainerCallback):
 
 
 def run(folder: Path, data: Any, accumulation: str | None, steps: int = 2, **options: Any) -> tuple[Any, Watch]:
-    """A trainer that has run four micro-batches of two rows a step; without the backend where ``accumulation`` is None."""
+    """A trainer that has run four micro-batches of two rows a step; without the backend for ``accumulation=None``."""
     watch = Watch()
     # Adam would make much of gradients that differ by roundings where they are next to nothing.
     arguments = {"gradient_accumulation_steps": 4, "max_steps": steps, "max_length": None, "optim": "sgd"}
@@ -116,6 +118,17 @@ def test_rows_of_which_nothing_is_trained(tmp_path: Path) -> None:
     fused, alone = (run(tmp_path, data, how) for how in ("auto", "host"))
     assert not reasons(fused[0])
     assert_same(fused, alone)
+
+
+def test_tokens_that_fill_a_pass_up_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, args, seen = tokens(LENGTHS["short"]), {"gradient_checkpointing": False}, []
+    plain = run(tmp_path, data, "auto", args=args)
+    monkeypatch.setattr(documents, "PADDED", ("cpu",))
+    begin = passes.Passes._begin
+    monkeypatch.setattr(passes.Passes, "_begin", lambda self, x, mask: (seen.append(x.shape[1]), begin(self, x, mask)))
+    filled = run(tmp_path, data, "auto", args=args)
+    assert set(seen) == {128}
+    assert_same(filled, plain)
 
 
 def test_full_fine_tuning(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import torch
 from sloth_plugins.batch_fusion.rows import Rows
 
 PASS_SECONDS = 0.02
-"""What one more pass costs beside its tokens: launches, and gradients that are added once more (8B shapes, one H200)."""
+"""What one more pass costs beside its tokens: launches, and gradients that are added once more (8B shapes, H200)."""
 
 
 class Planner(Protocol):
@@ -43,12 +44,19 @@ class Budget:
         """
         if self.planner is None or self.planner.saves_memory:
             return next((way for way in ways if max(rows.tokens for rows in way) <= largest), ways[-1])
-        costs: list[tuple[float, int]] = []
-        for i, way in enumerate(ways):
-            seconds = [self.planner.pass_seconds(rows.tokens, max(rows.lengths), self.autocast) for rows in way]
-            if None not in seconds:
-                costs.append((sum(s for s in seconds if s is not None) + len(way) * PASS_SECONDS, i))
-        return ways[min(costs)[1]] if costs else ways[-1]
+        best, least = ways[-1], math.inf
+        for way in sorted(ways, key=len):
+            if len(way) * PASS_SECONDS >= least:
+                break  # it cannot be cheaper, however cheap its passes are
+            cost = self._cost(way)
+            if cost < least:
+                best, least = way, cost
+        return best
+
+    def _cost(self, way: Sequence[Rows]) -> float:
+        assert self.planner is not None
+        seconds = [self.planner.pass_seconds(rows.tokens, max(rows.lengths), self.autocast) for rows in way]
+        return math.inf if None in seconds else sum(s for s in seconds if s is not None) + len(way) * PASS_SECONDS
 
 
 def autocast_of(trainer: Any) -> torch.dtype | None:

@@ -8,7 +8,7 @@ layers that mix tokens in other ways (convolutions, recurrences) are seen there.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ WINDOWS = ("sliding_window", "attention_chunk_size")
 PROBED = (5, 3)
 """Lengths of the two documents that the model is asked about."""
 MARK = "_sloth_documents"
+PADDED = ("cuda",)
+"""Types of devices on which the length of a pass is rounded up."""
+TOKENS = ("input_ids", "inputs_embeds", "position_ids")
+UNDERSTOOD = frozenset({*TOKENS, "past_key_values", "use_cache", "cache_position", "num_items_in_batch", "return_dict"})
+"""Arguments of a decoder that have something for each token, and those that do not matter to it."""
 
 
 def keep_apart(model: Any, edits: Edits) -> Finding:
@@ -34,17 +39,23 @@ def keep_apart(model: Any, edits: Edits) -> Finding:
     reason = _obstacle(model)
     if reason is None:
         decoder = model.get_decoder()
-        handle = decoder.register_forward_pre_hook(_mask_documents(decoder, _window(model.config)), with_kwargs=True)
+        hooks = Hooks(decoder, _window(model.config), pads=not drops(model))
         try:
             reason = _disagreement(decoder, model.get_input_embeddings().weight)
         except Exception as error:
             reason = f"the model does not run on rows laid end to end: {type(error).__name__}: {error}"
         if reason is None:
-            edits.on_undo(handle.remove)
+            edits.on_undo(hooks.remove)
             edits.set(model, MARK, True)
             return Finding("changed", "attention", "rows laid end to end attend to themselves alone", CAPABILITY)
-        handle.remove()
+        hooks.remove()
     return Finding("skipped", "attention", reason, CAPABILITY)
+
+
+def drops(model: Any) -> bool:
+    """Whether training draws random numbers by the shape of a batch."""
+    dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return dropout or bool(getattr(model.config, "attention_dropout", 0.0))
 
 
 def kept_apart(model: nn.Module) -> bool:
@@ -71,16 +82,77 @@ def _window(config: Any) -> int | None:
     return min(sizes, default=None)
 
 
-def _mask_documents(decoder: nn.Module, window: int | None) -> Callable[..., Any]:
-    owner = weakref.ref(decoder)
+class Hooks:
+    """What is done around a decoder's forward when its positions start anew.
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        documents = _documents(args, kwargs) if module is owner() else None
-        if documents is None or len(documents.lengths) == 1 or (window and documents.longest > window):
+    Rows are followed by a few tokens more, a document of their own, which nobody sees: sums of lengths are all
+    different, and every new one costs the first pass that has it a search for each matrix product's kernel.
+
+    Args:
+        decoder: whose forward it is.
+        window: documents of more tokens keep the host's own mask; None for no limit.
+        pads: whether tokens may be added.
+    """
+
+    def __init__(self, decoder: nn.Module, window: int | None, pads: bool) -> None:
+        self.owner, self.window, self.pads = weakref.ref(decoder), window, pads
+        self.tokens: int | None = None
+        """Those of the call that runs, where some were added."""
+        before = decoder.register_forward_pre_hook(self.before, with_kwargs=True)
+        self.handles = before, decoder.register_forward_hook(self.after)
+
+    def remove(self) -> None:
+        """Leave the decoder as it was."""
+        for handle in self.handles:
+            handle.remove()
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand the decoder the mask of its documents, and tokens up to a multiple of ``_step``."""
+        self.tokens = None
+        documents = _documents(args, kwargs) if module is self.owner() else None
+        if documents is None or len(documents.lengths) == 1 or (self.window and documents.longest > self.window):
             return None
+        missing = 0 if args or documents.equal else self._missing(documents, kwargs)
+        if missing:
+            self.tokens = documents.tokens
+            kwargs = {name: _longer(name, value, missing) for name, value in kwargs.items()}
+            documents = Documents((*documents.lengths, missing), documents.device)
         return args, {**kwargs, "attention_mask": DocumentMask(documents)}
 
-    return hook
+    def _missing(self, documents: Documents, kwargs: Mapping[str, Any]) -> int:
+        """How many tokens to add."""
+        pads = self.pads and documents.device.type in PADDED and not _asks_for_more(kwargs)
+        return -documents.tokens % _step(documents.tokens) if pads else 0
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Take the hidden states of added tokens away."""
+        tokens, self.tokens = self.tokens, None
+        if tokens is None:
+            return None
+        if isinstance(output, tuple):
+            return (output[0][:, :tokens], *output[1:])
+        output.last_hidden_state = output.last_hidden_state[:, :tokens]
+        return output
+
+
+def _step(tokens: int) -> int:
+    """Few sums of lengths, each at most a sixteenth too long where it is long."""
+    return max(128, 1 << tokens.bit_length() >> 5)
+
+
+def _asks_for_more(kwargs: Mapping[str, Any]) -> bool:
+    """Whether the call has or wants something else for each token than what is made longer here."""
+    return any(value is not None and value is not False for name, value in kwargs.items() if name not in UNDERSTOOD)
+
+
+def _longer(name: str, value: Any, missing: int) -> Any:
+    """An argument with ``missing`` tokens more."""
+    if value is None or name not in TOKENS:
+        return value
+    if name == "position_ids":
+        more = torch.arange(missing, device=value.device, dtype=value.dtype)[None]
+        return torch.cat([value, more], 1)
+    return nn.functional.pad(value, (0,) * (2 * (value.ndim - 2)) + (0, missing))
 
 
 def _documents(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Documents | None:

@@ -1,10 +1,10 @@
 """The micro-batches of an accumulation step as few passes, inside the loop of ``transformers.Trainer``.
 
-The loop takes all micro-batches of a step from ``get_batch_samples`` and hands each to ``training_step``. It still gets
-the host's own list, so that its steps, counts, callbacks and checkpoints are the host's; but the last items of the list
-stand for the passes, and the others cost nothing. With data parallelism the last pass is thus the one that synchronises.
-The loss of a pass is the sum over its tokens divided by ``num_items_in_batch``, which the host counts for the whole step,
-so that the passes add up to the gradient that the micro-batches add up to.
+The loop takes all micro-batches of a step from ``get_batch_samples`` and hands each to ``training_step``. It still
+gets the host's own list, so that its steps, counts, callbacks and checkpoints are the host's; but the last items of the
+list stand for the passes, and the others cost nothing. With data parallelism the last pass is thus the one that
+synchronises. The loss of a pass is the sum over its tokens divided by ``num_items_in_batch``, which the host counts for
+the whole step, so that the passes add up to the gradient that the micro-batches add up to.
 """
 
 from __future__ import annotations

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
 from sloth_backend.run import Run
-from sloth_plugins.batch_fusion.documents import kept_apart
+from sloth_plugins.batch_fusion.documents import drops, kept_apart
 
 STEP = ("get_batch_samples", "training_step", "compute_loss", "get_train_dataloader")
 """What a trainer may not have written anew."""
@@ -61,10 +59,9 @@ def _losses(trainer: Any, model: Any) -> Iterator[str]:
         yield "prompt tokens are put before each row"
 
 
-def _randomness(trainer: Any, model: nn.Module, run: Run) -> Iterator[str]:
+def _randomness(trainer: Any, model: Any, run: Run) -> Iterator[str]:
     """Random numbers that would be drawn for other shapes than the host draws them for."""
     if getattr(trainer.args, "neftune_noise_alpha", None):
         yield "NEFTune's noise depends on the length of the padded row"
-    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    if run.config.accumulation == "auto" and (drops or getattr(model.config, "attention_dropout", 0.0)):
+    if run.config.accumulation == "auto" and drops(model):
         yield "dropout would draw other numbers than the host's; accumulation='fused' passes them together all the same"

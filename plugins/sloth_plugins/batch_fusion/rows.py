@@ -54,11 +54,11 @@ def rows_of(batch: Mapping[str, Any]) -> Rows:
     kept = batch.get("attention_mask")
     if kept is None:
         return Rows(ids.reshape(-1), labels.reshape(-1), _documents(ids, batch.get("position_ids")), ids.numel())
-    kept = kept.bool()
-    lengths = kept.sum(1)
-    if not torch.equal(kept, torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]):
+    if bool((kept[:, 1:] > kept[:, :-1]).any()):
         raise UnfitError("its padding is not on the right")
-    return Rows(ids[kept], labels[kept], tuple(n for n in lengths.tolist() if n), ids.numel())
+    lengths = kept.sum(1).tolist()
+    flat = (torch.cat([row[:n] for row, n in zip(values, lengths, strict=True)]) for values in (ids, labels))
+    return Rows(*flat, tuple(n for n in lengths if n), ids.numel())
 
 
 def _check(batch: Mapping[str, Any]) -> None:
@@ -108,6 +108,5 @@ def divided(rows: Rows, count: int) -> list[Rows]:
 
 def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
     """(T,): 0, 1, 2... in each document."""
-    sizes = torch.tensor(lengths, device=device)
-    starts = sizes.cumsum(0) - sizes
-    return torch.arange(sum(lengths), device=device) - starts.repeat_interleave(sizes, output_size=sum(lengths))
+    longest = torch.arange(max(lengths), device=device)
+    return torch.cat([longest[:n] for n in lengths])

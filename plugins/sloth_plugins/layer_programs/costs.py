@@ -101,14 +101,14 @@ class Estimate:
         if isinstance(stage, Tiled):
             tiles = -(-shape.tokens // stage.rows)
             inside = {**widths, INPUT: widths[INPUT], OUTPUT: widths[INPUT]}
-            tile = Estimate(stage.program, inside, Shape(min(stage.rows, shape.tokens), shape.length))
+            tile = Estimate(stage.program, inside, Shape(min(stage.rows, shape.tokens), shape.length, shape.autocast))
             once = tiles * sum(tile.seconds)
             workspace = max(tile.backward_bytes(frozenset()), tile.forward_bytes())
             return StageCost(once * (1 + TILE_SHARE), workspace, once * (1 + 3 * TILE_SHARE))
         traffic = sum(self.size.get(name, 0) for name in (*stage.reads, *stage.writes)) * (not stage.views)
         traffic += stage.traffic()
         seconds = stage.flops(shape.tokens, shape.length, widths) / FLOPS + traffic / BYTES
-        return StageCost(seconds, stage.workspace(shape.tokens), 0.0)
+        return StageCost(seconds, stage.workspace(shape.tokens, widths, shape.autocast), 0.0)
 
     def levels(self) -> tuple[Level, ...]:
         """From keeping everything of use to keeping nothing, each step giving up what is cheapest to have again."""

@@ -82,14 +82,15 @@ def shape_of(x: torch.Tensor, mask: torch.Tensor | None) -> Shape:
     """Of a pass with the input x (B, S, H). That of documents, which differ from pass to pass, is rounded up."""
     autocast = autocast_dtype(x)
     if isinstance(mask, DocumentMask):
-        return Shape(_coarse(mask.documents.tokens), _coarse(mask.documents.longest), autocast)
+        return documents_shape(mask.documents.tokens, mask.documents.longest, autocast)
     return Shape(x.shape[:-1].numel(), x.shape[-2], autocast)
 
 
-def _coarse(tokens: int) -> int:
-    """At least ``tokens``, and at most an eighth more where they are many: few shapes, few plans."""
-    step = max(64, 1 << tokens.bit_length() >> 4)
-    return -(-tokens // step) * step
+def documents_shape(tokens: int, longest: int, autocast: torch.dtype | None) -> Shape:
+    """Of a pass of documents, its tokens at most an eighth too many where they are many: few shapes, few plans."""
+    step = max(256, 1 << tokens.bit_length() >> 4)
+    tokens = -(-tokens // step) * step
+    return Shape(tokens, min(tokens, 1 << (longest - 1).bit_length()), autocast)
 
 
 class Chosen(NamedTuple):
@@ -190,7 +191,7 @@ class Passes:
     def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None) -> float | None:
         """Seconds that a pass of documents takes beyond its fastest plan; None where no plan of it fits."""
         device = self.layers[0].x.device
-        shape = Shape(_coarse(tokens), _coarse(longest), autocast)
+        shape = documents_shape(tokens, longest, autocast)
         return self.plans[shape].seconds() if self.planned(shape, device).fits else None
 
     @property
