@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import types
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,6 +34,18 @@ def make_lora(**options: Any) -> Any:
 def patched(model: Any) -> Any:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     step_overhead.sloth_patch_model(base, Edits())
+    return model
+
+
+def trainer_of(model: Any, n_gpu: int = 1) -> Any:
+    return types.SimpleNamespace(model=model, args=types.SimpleNamespace(n_gpu=n_gpu))
+
+
+def trained(model: Any) -> Any:
+    """``model`` as a trainer's, adapters and all."""
+    (finding,) = step_overhead.sloth_patch_trainer(trainer_of(patched(model)), Edits())
+    assert finding.action == "changed", finding
+    assert "parameters" in vars(model)
     return model
 
 
@@ -207,7 +222,8 @@ class Own(nn.Module):
 
 def test_parts_whose_class_overrides_train_are_walked() -> None:
     model = nn.Sequential(*(nn.ModuleList([nn.Dropout() for _ in range(20)]) for _ in range(3)))
-    model[1].append(own := Own())
+    layers: Any = model[1]
+    layers.append(own := Own())
     findings = step_overhead.sloth_patch_model(model, Edits())
     assert [f.subject for f in findings if f.reason.startswith("train()")] == ["0", "2"]
     model.eval().train()
@@ -263,3 +279,187 @@ def test_undo_restores_every_attribute() -> None:
     ]
     sloth_backend.undo(model)
     assert tiny.describe(model) == tiny.describe(twin)
+
+
+def places(mine: Any, stock: Any) -> tuple[list[str], list[str]]:
+    """The names of what both models' ``parameters`` give, in their order, by nn.Module's own walk."""
+    found = []
+    for model in (mine, stock):
+        names = {id(p): name for name, p in nn.Module.named_parameters(model)}
+        found.append([names[id(p)] for p in model.parameters()])
+    return found[0], found[1]
+
+
+def tie(model: Any) -> None:
+    model.lm_head.weight = model.get_input_embeddings().weight
+
+
+def untie(model: Any) -> None:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+def tie_layers(model: Any) -> None:
+    first, last = layers_of(model)[0].mlp.up_proj, layers_of(model)[1].mlp.up_proj
+    last.weight = first.weight
+
+
+def reorder(table: dict[str, Any], name: str) -> None:
+    table[name] = table.pop(name)
+
+
+PARAMETERS: dict[str, Callable[[Any], Any]] = {
+    "tied": tie,
+    "untied": untie,
+    "tied across layers": tie_layers,
+    "a bias more": lambda model: setattr(layers_of(model)[0].mlp.up_proj, "bias", nn.Parameter(torch.ones(64))),
+    "one of a module that had none": lambda model: layers_of(model)[0].mlp.act_fn.register_parameter(
+        "scale", nn.Parameter(torch.ones(1))
+    ),
+    "another weight": lambda model: setattr(
+        layers_of(model)[1].mlp.up_proj, "weight", nn.Parameter(torch.ones(64, 32))
+    ),
+    "no weight": lambda model: delattr(layers_of(model)[1].mlp.up_proj, "weight"),
+    "another order": lambda model: reorder(layers_of(model)[0]._modules, "self_attn"),
+    "all frozen": lambda model: model.requires_grad_(False),
+    "the first one gone": lambda model: delattr(model.get_input_embeddings(), "weight"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES | RENAMED | PARAMETERS)
+@pytest.mark.parametrize("make", [make_llama, make_lora])
+def test_a_trainers_parameters_are_those_of_the_walk(make: Callable[[], Any], change: str) -> None:
+    stock, mine = make(), trained(make())
+    ours, theirs = places(mine, stock)
+    assert ours == theirs
+    for model in (stock, mine):
+        (CHANGES | RENAMED | PARAMETERS)[change](model)
+    ours, theirs = places(mine, stock)
+    assert ours == theirs
+    assert [id(p) for p in mine.parameters()] == [id(p) for p in nn.Module.parameters(mine)]
+    assert list(map(id, mine.parameters(recurse=False))) == list(map(id, nn.Module.parameters(mine, recurse=False)))
+    assert isinstance(mine.parameters(), types.GeneratorType)
+    assert mine.num_parameters() == stock.num_parameters()
+
+
+@pytest.mark.parametrize("change", ["nothing", "tied", "another weight", "a shared module", "an adapter", "all frozen"])
+def test_gradients_are_clipped_and_dropped_as_by_the_walk(change: str) -> None:
+    stock, mine = make_lora(), trained(make_lora())
+    norms = []
+    for model in (stock, mine):
+        torch.manual_seed(0)
+        (CHANGES | PARAMETERS)[change](model)
+        for p in nn.Module.parameters(model):
+            p.grad = torch.randn_like(p) if p.requires_grad else None
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    assert torch.equal(*norms)
+    for p, q in zip(nn.Module.parameters(stock), nn.Module.parameters(mine), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        assert p.grad is None or (q.grad is not None and torch.equal(p.grad, q.grad))
+    mine.zero_grad()
+    assert all(p.grad is None for p in nn.Module.parameters(mine))
+
+
+def test_a_trainers_parameters_are_read_without_a_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(make_lora())
+    count = len(list(nn.Module.parameters(model)))
+    calls: list[nn.Module] = []
+    original = nn.Module.named_modules
+    monkeypatch.setattr(
+        nn.Module, "named_modules", lambda self, *a, **k: (calls.append(self), original(self, *a, **k))[1]
+    )
+    assert len(list(model.parameters())) == count
+    assert len(calls) < 12 < count
+
+
+def test_the_first_of_a_trainers_parameters_needs_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(make_lora())
+    monkeypatch.setattr(step_overhead.Parts, "stand", lambda self: pytest.fail("looked at all modules"))
+    assert next(model.parameters()) is model.get_input_embeddings().weight
+
+
+def test_a_dropped_parameter_is_not_kept_alive() -> None:
+    model = trained(make_lora())
+    module = layers_of(model)[0].mlp.up_proj
+    weight = weakref.ref(module.weight)
+    assert any(p is weight() for p in model.parameters())
+    module.weight = None
+    gc.collect()
+    assert weight() is None
+
+
+def test_modules_that_list_in_their_own_way_are_asked() -> None:
+    model = trained(make_llama())
+    layers_of(model)[0].mlp.add_module("hidden", hidden := Hidden())
+    hidden.weight = nn.Parameter(torch.ones(1))
+    assert hidden.weight not in set(model.parameters())
+    (finding,) = step_overhead.sloth_patch_trainer(trainer_of(twin := make_llama()), Edits())
+    assert finding.action == "changed"
+    twin.model.add_module("hidden", Hidden())
+    (finding,) = step_overhead.sloth_patch_trainer(trainer_of(twin), Edits())
+    assert (finding.action, finding.reason) == ("skipped", "Hidden list modules in their own way")
+
+
+class OwnParameters(nn.Sequential):
+    """Gives no parameters."""
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return iter(())
+
+
+def test_models_that_cannot_be_listed_are_left_alone() -> None:
+    layers = [nn.Linear(1, 1) for _ in range(20)]
+    cases = [
+        (trainer_of(OwnParameters(*layers)), "OwnParameters finds parameters in its own way"),
+        (trainer_of(nn.Sequential(*layers[:2])), "fewer than 16 modules"),
+        (trainer_of(nn.Sequential(*layers), n_gpu=2), "nn.DataParallel"),
+    ]
+    for trainer, reason in cases:
+        (finding,) = step_overhead.sloth_patch_trainer(trainer, Edits())
+        assert finding.action == "skipped"
+        assert reason in finding.reason
+        assert "parameters" not in vars(trainer.model)
+
+
+class Alike(nn.Linear):
+    """Equal to every other one."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Alike)
+
+    __hash__ = nn.Module.__hash__
+
+
+def test_modules_that_are_equal_do_not_pass_for_each_other() -> None:
+    model = trained(nn.Sequential(*(nn.ModuleList([Alike(1, 1)]) for _ in range(20))))
+    model[3][0] = fresh = Alike(1, 1)
+    assert any(p is fresh.weight for p in model.parameters())
+    model[3][0].eval()
+    assert all(modes(model.train()).values())
+
+
+def test_names_of_one_module_that_change_places_are_noticed() -> None:
+    stock, mine = make_llama(), trained(make_llama())
+    for model in (stock, mine):
+        layers_of(model).append(layers_of(model)[1])
+    assert walks(mine) == walks(stock)
+    for model in (stock, mine):
+        reorder(layers_of(model)._modules, "1")
+    assert list(layers_of(mine)._modules) == ["0", "2", "1"]
+    assert walks(mine) == walks(stock)
+
+
+def test_a_copy_of_a_trainers_model_has_its_own_parameters() -> None:
+    model = trained(make_lora())
+    other = copy.deepcopy(model)
+    assert {id(p) for p in model.parameters()}.isdisjoint(map(id, other.parameters()))
+    assert list(map(id, other.parameters())) == list(map(id, nn.Module.parameters(other)))
+    layers_of(other)[0].mlp = None
+    assert list(map(id, other.parameters())) == list(map(id, nn.Module.parameters(other)))
+
+
+def test_undo_gives_a_trainers_model_its_parameters_back() -> None:
+    model, edits = make_lora(), Edits()
+    step_overhead.sloth_patch_trainer(trainer_of(model), edits)
+    edits.rollback()
+    assert "parameters" not in vars(model)
+    assert tiny.describe(model) == tiny.describe(make_lora())

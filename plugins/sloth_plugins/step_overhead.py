@@ -18,9 +18,9 @@ import functools
 import gc
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, repeat
-from operator import is_, itemgetter
+from operator import is_, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ READERS = ("parameters", "named_parameters", "_named_members", "named_modules")
 """Methods of the outermost module that ``parameters`` consists of; of the others it calls ``named_modules`` alone."""
 LISTED = "_sloth_listed"
 """Mark of our own methods that find the same as nn.Module's."""
-TRAINING = itemgetter("training")
+TRAINING, VALUES = itemgetter("training"), methodcaller("values")
 
 
 @hookimpl
@@ -66,6 +66,9 @@ def sloth_patch_trainer(trainer: Any, edits: Edits) -> list[Finding]:
 
     For each step the host asks for them twice: to clip gradients, and within ``zero_grad`` to drop them.
     """
+    if trainer.args.n_gpu > 1:
+        reason = "nn.DataParallel copies the model's methods to replicas, which have no parameters of their own"
+        return [Finding("skipped", "parameters", reason, CAPABILITY)]
     return [_patch_parameters(trainer.model, edits)]
 
 
@@ -74,21 +77,22 @@ class Parts:
 
     def __init__(self, root: nn.Module) -> None:
         self.modules = list(_below(root))
-        tables = [module._modules for module in self.modules]
-        self._empty, self._tables = _by_use(tables)
-        self._names = self._names_now()
-        self._children, self._kinds = self._children_now(), self._kinds_now()
-        # List by list, modules are compared in C; one that is not equal to itself alone would pass for another.
+        self._empty, self._tables = _by_use([module._modules for module in self.modules])
+        self._copies, self._ordered = list(map(dict, self._tables)), list(filter(_is_ambiguous, self._tables))
+        self._names, self._children, self._kinds = self._names_now(), self._children_now(), self._kinds_now()
+        # Modules are compared in C; one that is equal to others than itself would pass for another.
         self._comparable = all(kind.__eq__ is object.__eq__ for kind in set(self._kinds))
 
     def stand(self) -> bool:
-        """Whether they are still the same, of the same classes, by the same names."""
-        if any(self._empty) or self._names_now() != self._names or self._kinds_now() != self._kinds:
-            return False
-        return self._comparable and self._children_now() == self._children
-
-    def _names_now(self) -> tuple[list[int], list[str]]:
-        return list(map(len, self._tables)), list(chain.from_iterable(self._tables))
+        """Whether they are still the same, of the same classes, by the same names, in the same order."""
+        return (
+            self._comparable
+            and not any(self._empty)
+            and self._tables == self._copies
+            and self._children_now() == self._children
+            and self._kinds_now() == self._kinds
+            and self._names_now() == self._names
+        )
 
     def _children_now(self) -> list[nn.Module | None]:
         # A dictionary with strings for keys refers to its values alone, in their order: no view of each is made.
@@ -97,21 +101,29 @@ class Parts:
     def _kinds_now(self) -> list[type]:
         return list(map(type, self.modules))
 
-
-def _below(root: nn.Module) -> dict[nn.Module, None]:
-    """``root`` and every module below it, whatever their own methods say of that; in no special order."""
-    found, waiting = dict[nn.Module, None](), [root]
-    while waiting:
-        module = waiting.pop()
-        if module not in found:
-            found[module] = None
-            waiting += [child for child in module._modules.values() if child is not None]
-    return found
+    def _names_now(self) -> list[str]:
+        return list(chain.from_iterable(self._ordered))
 
 
 def _by_use(tables: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Those without an entry, most of them, and the others."""
     return [table for table in tables if not table], [table for table in tables if table]
+
+
+def _is_ambiguous(table: dict[str, nn.Module | None]) -> bool:
+    """Whether its content and the order of its children do not tell the order of its names."""
+    return type(table) is not dict or len(set(map(id, table.values()))) < len(table)
+
+
+def _below(root: nn.Module) -> dict[nn.Module, None]:
+    """``root`` and every module below it, whatever their own methods say of that; in nn.Module's order."""
+    found, waiting = dict[nn.Module, None](), [root]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = None
+            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+    return found
 
 
 def plain_parts(
@@ -244,11 +256,11 @@ def _is_own(module: nn.Module, method: str) -> bool:
 
 def _listed_parameters(model: nn.Module) -> Callable[..., Iterator[nn.Parameter]]:
     original, owner = type(model).parameters, weakref.ref(model)
-    tables = Tables(model)
+    tables, plain = Tables(model), True
 
     @functools.wraps(original)
     def parameters(self: nn.Module, recurse: bool = True) -> Iterator[nn.Parameter]:
-        nonlocal tables
+        nonlocal tables, plain
         walk = original(self, recurse)
         # Who wants the first alone gets it without a look at the others.
         if (first := next(walk, None)) is not None:
@@ -258,8 +270,8 @@ def _listed_parameters(model: nn.Module) -> Callable[..., Iterator[nn.Parameter]
             yield from walk
             return
         if not tables.stand():
-            tables = Tables(self)
-        if not tables.plain:
+            tables, plain = Tables(self), _unlisted(self) is None
+        if not plain:
             yield from walk
             return
         yield from [p for p in tables.parameters() if p is not first]
@@ -269,21 +281,34 @@ def _listed_parameters(model: nn.Module) -> Callable[..., Iterator[nn.Parameter]
 
 
 class Tables:
-    """Where the modules at and below ``root`` keep their parameters, in the order of ``root.named_modules()``."""
+    """Where the modules at and below ``root`` keep their parameters, in nn.Module's order."""
 
     def __init__(self, root: nn.Module) -> None:
-        self._parts, self.plain = Parts(root), _unlisted(root) is None
-        self._empty, self._tables = _by_use([module._parameters for module in root.modules()])
+        self._parts = Parts(root)
+        self._empty, self._tables = _by_use([module._parameters for module in self._parts.modules])
 
     def stand(self) -> bool:
         """Whether they are still all that have parameters."""
         return not any(self._empty) and self._parts.stand()
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> Iterable[nn.Parameter]:
         """Those that are there now, each once."""
-        found = [p for p in chain.from_iterable(map(dict.values, self._tables)) if p is not None]
+        found = list(chain.from_iterable(map(VALUES, self._tables)))
         # By id: torch computes the hash of a tensor in Python.
-        return list(dict(zip(map(id, found), found, strict=True)).values())
+        unique = dict(zip(map(id, found), found, strict=True))
+        unique.pop(id(None), None)
+        return unique.values()
+
+    def fingerprint(self) -> tuple[list[int], int]:
+        """Which parameters there are, by place, and how many entries they have.
+
+        By ``id``, so that one that was dropped is not kept alive; another one at its address tells by its size.
+        """
+        found = gc.get_referents(*self._tables)
+        parameters = [p for p in found if p is not None]
+        # Quantised weights are subclasses that torch would ask, in Python, what it should say of each of them.
+        with torch._C.DisableTorchFunctionSubclass():
+            return list(map(id, found)), sum(map(Tensor.numel, parameters))
 
 
 def _patch_count(model: Any, edits: Edits) -> Finding:
@@ -296,20 +321,18 @@ def _remembered_count(model: Any) -> Callable[..., int]:
 
     Counts of trained parameters alone are not remembered: ``requires_grad`` may be switched at any time.
     """
-    original, owner, parts = type(model).num_parameters, weakref.ref(model), Parts(model)
-    tables = _by_use([module._parameters for module in parts.modules])
-    seen, counts = _fingerprint(*tables), dict[bool, int]()
+    original, owner, tables = type(model).num_parameters, weakref.ref(model), Tables(model)
+    seen, counts = tables.fingerprint(), dict[bool, int]()
 
     @functools.wraps(original)
     def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        nonlocal parts, tables, seen
+        nonlocal tables, seen
         if only_trainable or self is not owner():
             return original(self, only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
-        if not parts.stand():
-            parts = Parts(self)
-            tables = _by_use([module._parameters for module in parts.modules])
+        if not tables.stand():
+            tables = Tables(self)
             counts.clear()
-        if (now := _fingerprint(*tables)) != seen:
+        if (now := tables.fingerprint()) != seen:
             seen = now
             counts.clear()
         if exclude_embeddings not in counts:
@@ -317,15 +340,3 @@ def _remembered_count(model: Any) -> Callable[..., int]:
         return counts[exclude_embeddings]
 
     return num_parameters
-
-
-def _fingerprint(empty: list[dict[str, Any]], tables: list[dict[str, Any]]) -> tuple[list[int], int]:
-    """Which parameters there are, and how many entries they have; first come those of tables that were ``empty``.
-
-    By ``id``, so that a parameter that was dropped is not kept alive; another one at its address tells by its size.
-    """
-    filled = [*empty, *tables] if any(empty) else tables
-    parameters = [p for p in chain.from_iterable(map(dict.values, filled)) if p is not None]
-    # Quantised weights are subclasses that torch would ask, in Python, what it should say of each of them.
-    with torch._C.DisableTorchFunctionSubclass():
-        return list(map(id, parameters)), sum(map(Tensor.numel, parameters))
