@@ -21,6 +21,7 @@ from integration_tests.benchmarks.training import (
     run,
 )
 from integration_tests.benchmarks.training import workloads as work
+from sloth_backend.budget import SPARE_SHARE
 
 TRAINED = ("full", "finetune", "ctx")
 
@@ -192,8 +193,10 @@ def test_its_budget_is_the_other_s_latest_peak(written: Path, tmp_path: Path, mo
     run.main(as_liger(tmp_path, written))
     suite = results.load(tmp_path)
     (mine,) = [result for result in suite["results"] if result["contender"] == "sloth-as-liger"]
-    assert [job.budget_gb for job in asked] == [2.5 + contenders.DRIVER_GIB]
-    assert (mine["status"], mine["budget_gb"]) == ("ok", 2.5 + contenders.DRIVER_GIB)
+    # With it, a plan may take what the other took.
+    budget = pytest.approx(2.5 / (1 - SPARE_SHARE) + contenders.DRIVER_GIB, abs=1e-3)
+    assert [job.budget_gb for job in asked] == [budget]
+    assert (mine["status"], mine["budget_gb"]) == ("ok", budget)
     assert "sloth-as-liger" not in suite["absent"]
 
 

@@ -28,6 +28,7 @@ from integration_tests.benchmarks.training.contenders import CONTENDERS, DRIVER_
 from integration_tests.benchmarks.training.measure import MARK, format_points
 from integration_tests.benchmarks.training.results import Result, Suite
 from integration_tests.benchmarks.training.workloads import Point
+from sloth_backend.budget import SPARE_SHARE
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = "integration_tests.benchmarks.training"
@@ -70,9 +71,10 @@ def jobs(suite: Suite, asked: list[str], who: list[str], rounds: int, tiny: bool
 
 
 def environment(settings: Settings, kind: str) -> dict[str, str]:
-    """A child's: this repository and the contender's own packages on its path."""
+    """A child's: this repository and the contender's own packages on its path, our switch for our own runs alone."""
     paths = [ROOT, ROOT / "plugins", ROOT / "kernels", settings.sites.get(kind, ""), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path))}
+    path = os.pathsep.join(str(path) for path in paths if str(path))
+    return {**os.environ, "PYTHONPATH": path, "TORCH_DEVICE_BACKEND_AUTOLOAD": str(int(kind == "sloth"))}
 
 
 def ensure_model(settings: Settings, workload: workloads.Workload) -> Path:
@@ -171,7 +173,7 @@ def with_budget(job: Job, suite: Suite) -> Job | None:
     if not within:
         return job
     peak = results.latest_peak(suite, job.workload, within, job.points)
-    return None if peak is None else replace(job, budget_gb=peak + DRIVER_GIB)
+    return None if peak is None else replace(job, budget_gb=round(peak / (1 - SPARE_SHARE) + DRIVER_GIB, 3))
 
 
 def wait_for_another(out: Path, job: Job) -> None:

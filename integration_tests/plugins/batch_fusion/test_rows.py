@@ -92,8 +92,25 @@ def test_positions_start_anew_in_each_document() -> None:
     assert positions((3, 1, 2), torch.device("cpu")).tolist() == [0, 1, 2, 0, 0, 1]
 
 
+def test_ways_that_cannot_be_cheaper_are_not_planned() -> None:
+    asked: list[int] = []
+
+    class Host(Prices):
+        least_seconds = 1.0
+
+        def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None) -> float | None:
+            asked.append(tokens)
+            return 1.5
+
+    ways = [divided(of_lengths((10, 10, 10, 10)), n) for n in range(1, 5)]
+    assert len(Budget(Host(0, 100), None).best(ways, 10)) == 1
+    assert asked == [40]
+
+
 class Prices:
     """A planner for whom tokens beyond ``free`` cost a second each, and none beyond ``limit`` fit."""
+
+    least_seconds = 0.0
 
     def __init__(self, free: int, limit: int, saves_memory: bool = False) -> None:
         self.free, self.limit, self.saves_memory = free, limit, saves_memory

@@ -58,6 +58,7 @@ class _Options(NamedTuple):
     chunk_rows: int | None
     rows: LabelledRows | None = None
     logits_bytes: int | None = None
+    rounded_sums: bool = False
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -77,6 +78,7 @@ def reference(
     chunk_rows: int | None = None,
     rows: LabelledRows | None = None,
     logits_bytes: int | None = None,
+    rounded_sums: bool = False,
 ) -> LossSums:
     """The truth, as transformers computes it: logits, scale and softcap in the working dtype, float32 from there on.
 
@@ -182,7 +184,7 @@ def _forward(
     buffer = hidden_TH.new_empty(min(step, n_rows), stride)
     stats_3N = hidden_TH.new_empty(3, n_rows, dtype=wide)
     # A float16 dW stays float32 until the upstream scalar is known: unlike stock's mean, the sum may exceed 65,504.
-    weight_sum = torch.bfloat16 if bf16_weight and n_rows <= step else wide
+    weight_sum = torch.bfloat16 if bf16_weight and (n_rows <= step or opt.rounded_sums) else wide
     grads = _empty_gradients(needs, hidden_TH, weight_VH, n_rows, weight_sum)
 
     for start in range(0, n_rows, step):
@@ -277,18 +279,20 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     rows: LabelledRows | None = None,
     logits_bytes: int | None = None,
+    rounded_sums: bool = False,
 ) -> LossSums:
     """Loss and statistics of ``softcap * tanh(scale * (hidden Wᵀ + bias) / softcap)`` against int64 labels.
 
     Differentiable once, in hidden, weight and bias; only what requires a gradient is computed. Under ``torch.autocast``
     it computes in autocast's dtype, as ``nn.Linear`` does. ``chunk_rows`` sets the rows held at a time, which otherwise
     follow from ``logits_bytes`` (``LOGITS_BYTES``); ``rows``, made from the same labels earlier, saves a wait for the
-    device. Divide ``loss_sum`` by the number of items for stock's normalisation. Without a single label the loss is 0
-    and so are the gradients. A label outside [0, V) that is not ``ignore_index`` raises ``IndexError`` on the CPU and
+    device; with ``rounded_sums`` a bfloat16 dW is summed over chunks as it is, without a float32 copy: each chunk but
+    the first rounds once more. Divide ``loss_sum`` by the number of items for stock's normalisation. Without a single
+    label the loss is 0 and so are the gradients. A label outside [0, V) that is not ``ignore_index`` raises ``IndexError`` on the CPU and
     makes the loss and that row's gradients NaN in the kernel.
     """
     softcap = None if softcap is None else float(softcap)
-    opt = _Options(float(scale), softcap, ignore_index, chunk_rows, rows, logits_bytes)
+    opt = _Options(float(scale), softcap, ignore_index, chunk_rows, rows, logits_bytes, rounded_sums)
     _check(hidden_TH, weight_VH, labels_T, bias_V, opt)
     tensors = (hidden_TH, weight_VH, bias_V)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

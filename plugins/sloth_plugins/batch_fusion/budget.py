@@ -10,18 +10,17 @@ import torch
 
 from sloth_plugins.batch_fusion.rows import Rows
 
-PASS_SECONDS = 0.02
-"""What one more pass costs beside its tokens: launches, and gradients that are added once more (8B shapes, H200)."""
-
 
 class Planner(Protocol):
     """What knows the cost of a pass: ``layer_programs`` puts one on the model."""
 
     saves_memory: bool
     """Whether memory counts more than time."""
+    least_seconds: float
+    """No pass takes less."""
 
     def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None) -> float | None:
-        """Seconds that such a pass takes beyond its fastest plan; None where it does not fit."""
+        """Seconds that such a pass takes; None where it does not fit."""
         ...
 
 
@@ -46,17 +45,16 @@ class Budget:
             return next((way for way in ways if max(rows.tokens for rows in way) <= largest), ways[-1])
         best, least = ways[-1], math.inf
         for way in sorted(ways, key=len):
-            if len(way) * PASS_SECONDS >= least:
-                break  # it cannot be cheaper, however cheap its passes are
-            cost = self._cost(way)
-            if cost < least:
+            if len(way) * self.planner.least_seconds >= least:
+                break  # it cannot be cheaper, and need not be planned
+            if (cost := self._cost(way)) < least:
                 best, least = way, cost
         return best
 
     def _cost(self, way: Sequence[Rows]) -> float:
         assert self.planner is not None
         seconds = [self.planner.pass_seconds(rows.tokens, max(rows.lengths), self.autocast) for rows in way]
-        return math.inf if None in seconds else sum(s for s in seconds if s is not None) + len(way) * PASS_SECONDS
+        return math.inf if None in seconds else sum(s for s in seconds if s is not None)
 
 
 def autocast_of(trainer: Any) -> torch.dtype | None:

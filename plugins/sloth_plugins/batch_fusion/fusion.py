@@ -1,10 +1,10 @@
 """The micro-batches of an accumulation step as few passes, inside the loop of ``transformers.Trainer``.
 
 The loop takes all micro-batches of a step from ``get_batch_samples`` and hands each to ``training_step``. It still
-gets the host's own list, so that its steps, counts, callbacks and checkpoints are the host's; but the last items of the
-list stand for the passes, and the others cost nothing. With data parallelism the last pass is thus the one that
-synchronises. The loss of a pass is the sum over its tokens divided by ``num_items_in_batch``, which the host counts for
-the whole step, so that the passes add up to the gradient that the micro-batches add up to.
+gets the host's own list, so that its steps, counts, callbacks and checkpoints are the host's; but the last item of the
+list stands for all passes, and the others cost nothing. Between passes the host waits for nothing, and with data
+parallelism the last one synchronises. The loss of a pass is the sum over its tokens divided by ``num_items_in_batch``,
+which the host counts for the whole step, so that the passes add up to the gradient that the micro-batches add up to.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Fusion:
     def __init__(self, trainer: Any, budget: Budget, longest: int | None) -> None:
         self.trainer = weakref.ref(trainer)
         self.budget, self.longest = budget, longest
-        self.work: list[tuple[Any, dict[str, torch.Tensor] | None]] = []
-        """Micro-batches of the step, each with the pass that it stands for or None for nothing."""
+        self.work: list[tuple[Any, list[dict[str, torch.Tensor]]]] = []
+        """Micro-batches of the step, each with the passes that it stands for."""
         self.told: set[str] = set()
 
     def install(self, edits: Edits) -> None:
@@ -72,8 +72,8 @@ class Fusion:
             except UnfitError as reason:
                 self._tell(f"a micro-batch is passed as it is: {reason}")
             else:
-                made = [None] * (len(batches) - len(passes)) + [_inputs(rows, device) for rows in passes]
-                self.work = list(zip(batches, made, strict=True))
+                self.work = [(batch, []) for batch in batches]
+                self.work[-1][1].extend(_inputs(rows, device) for rows in passes)
         return batches, count
 
     def _passes(self, batches: Sequence[Mapping[str, Any]]) -> list[Rows]:
@@ -89,13 +89,19 @@ class Fusion:
     def training_step(
         self, original: Callable[..., Any], trainer: Any, model: Any, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The host's step on the pass that ``inputs`` stands for; a zero where its rows are in another."""
-        stands_for = [made for batch, made in self.work if batch is inputs]
-        if not stands_for:
+        """The host's step on each pass that ``inputs`` stands for, and the sum of their losses."""
+        passes = next((made for batch, made in self.work if batch is inputs), None)
+        if passes is None:
             return original(trainer, model, inputs, num_items_in_batch)
-        if stands_for[0] is None:
+        if not passes:
             return torch.zeros((), device=trainer.args.device)
-        return original(trainer, model, stands_for[0], num_items_in_batch)
+        *earlier, last = passes
+        losses = []
+        for one in earlier:
+            with trainer.accelerator.no_sync(model):
+                losses.append(original(trainer, model, one, num_items_in_batch))
+        losses.append(original(trainer, model, last, num_items_in_batch))
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def _tell(self, reason: str) -> None:
         if reason not in self.told:

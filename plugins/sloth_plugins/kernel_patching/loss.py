@@ -49,11 +49,11 @@ class Deferral:
         return self.rows if same and shifted.device == self.shifted.device else None
 
 
-def limit_logits(size: int) -> None:
-    """Let the loss of the forward that is running hold ``size`` bytes of logits at a time."""
+def limit_logits(size: int, rounded_sums: bool = False) -> None:
+    """Let the loss of the forward that is running hold ``size`` bytes of logits at a time; see the op for the rest."""
     deferral = _deferring.get()
     if deferral is not None:
-        deferral.options["logits_bytes"] = size
+        deferral.options |= {"logits_bytes": size, "rounded_sums": rounded_sums}
 
 
 def _shifted(labels: torch.Tensor | None, shift_labels: torch.Tensor | None, ignore_index: int) -> torch.Tensor:

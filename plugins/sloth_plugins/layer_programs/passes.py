@@ -67,8 +67,23 @@ class Layer:
         return [Estimate(program, self.widths, shape, self.parkable) for program in fitting]
 
 
-LOSS_TILES = (LOGITS_BYTES, LOGITS_BYTES // 4, LOGITS_BYTES // 8)
-"""Bytes of logits that the loss may hold at a time."""
+class LossTile(NamedTuple):
+    """Bytes of logits that the loss may hold at a time, and whether a trained head's gradient is summed in bf16."""
+
+    size: int
+    rounded_sums: bool = False
+
+
+LOSS_TILES = (LossTile(LOGITS_BYTES), LossTile(LOGITS_BYTES // 4), LossTile(LOGITS_BYTES // 8))
+TRAINED_TILES = (*LOSS_TILES, LossTile(LOGITS_BYTES, True), LossTile(LOGITS_BYTES // 2, True))
+"""Those of a trained head in bf16. Tiles are large where each rounds the gradient of the whole head."""
+ROUNDING_SECONDS = 1e-3
+"""What an exact sum is worth: it is given up only where memory is short."""
+PASS_SECONDS, LAYER_SECONDS = 2e-3, 2e-3
+"""What a pass costs the host by itself, and each of its layers, forward and backward: no pass is faster than that."""
+UNCACHED = 0.05
+"""What the part of a pass that does not fit in the device's cache costs more: kernels that read what the one before
+wrote find it in memory."""
 
 
 def shared_budget(run: Run) -> int | None:
@@ -98,7 +113,7 @@ class Chosen(NamedTuple):
 
     plan: MemoryPlan
     costs: Costs
-    loss_tile: int
+    loss_tile: LossTile
     loss_seconds: float
 
     def seconds(self) -> float:
@@ -137,6 +152,7 @@ class Passes:
         self.traced: dict[torch.dtype | None, list[Layer]] = {None: self.layers}
         """Autocast's dtype -> the layers as they are under it; those that are alike share one."""
         self.plans: dict[Shape, Chosen] = {}
+        self.seconds: dict[Shape, float] = {}
         self.passed: dict[Shape, MemoryPlan] = {}
         """Of the plans, those that passes ran under."""
         self.shape: Shape | None = None
@@ -177,7 +193,7 @@ class Passes:
             self._trace(shape.autocast, device)
             budget, layers = self._budget(device), self._costs(shape, device)
             candidates = []
-            for tile in LOSS_TILES:
+            for tile in self._loss_tiles():
                 head, seconds = self._head(shape, tile)
                 costs = replace(layers, head_bytes=head)
                 plan = self._choose(costs, shape, budget, device)
@@ -189,10 +205,37 @@ class Passes:
         return self.plans[shape].plan
 
     def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None) -> float | None:
-        """Seconds that a pass of documents takes beyond its fastest plan; None where no plan of it fits."""
+        """Seconds that a pass of documents takes, forward and backward; None where no plan of it fits."""
         device = self.layers[0].x.device
         shape = documents_shape(tokens, longest, autocast)
-        return self.plans[shape].seconds() if self.planned(shape, device).fits else None
+        if not self.planned(shape, device).fits:
+            return None
+        if shape not in self.seconds:
+            self.seconds[shape] = self._seconds(shape, device)
+        return self.seconds[shape]
+
+    def _seconds(self, shape: Shape, device: torch.device) -> float:
+        layers = self.traced[shape.autocast]
+        alone = {layer.key: sum(layer.estimates(shape)[0].seconds) for layer in {id(at): at for at in layers}.values()}
+        hidden = layers[0].widths[INPUT] * shape.tokens
+        spilled = 1 - min(1.0, _cache_bytes(device) / hidden)
+        sizes = [(p.nbytes, p.requires_grad) for p in self._parameters()]
+        trained = sum(size for size, trains in sizes if trains)
+        # Backward has as many products as forward, and one more for each weight that trains.
+        both_ways = 2 + trained / max(1, sum(size for size, _ in sizes))
+        computing = both_ways * sum(alone[layer.key] for layer in layers) * (1 + UNCACHED * spilled)
+        # Gradients are read, added to and written.
+        computing += self.plans[shape].seconds() + 3 * trained / BYTES
+        return max(PASS_SECONDS + computing, self.least_seconds)
+
+    @property
+    def least_seconds(self) -> float:
+        """What a pass costs the host."""
+        return PASS_SECONDS + LAYER_SECONDS * len(self.layers)
+
+    def _parameters(self) -> Sequence[torch.nn.Parameter]:
+        model = self.model()
+        return list(model.parameters()) if model is not None else []
 
     @property
     def saves_memory(self) -> bool:
@@ -237,7 +280,7 @@ class Passes:
         self.to_come = list(accumulate(reversed(away)))[::-1]
         if self.rings is not None:
             self.rings.depth = max([1, *away])
-        limit_logits(self.plans[shape].loss_tile)
+        limit_logits(*self.plans[shape].loss_tile)
         self.count += 1
         self.passed[shape] = self.plan
         if self.count == 1:
@@ -304,15 +347,20 @@ class Passes:
     def _fixed(self, device: torch.device) -> int:
         """What is on the device whatever the plan: as measured before the first pass, and what training will add."""
         if self.fixed_bytes is None:
-            model = self.model()
-            trained = [p for p in model.parameters() if p.requires_grad] if model is not None else []
+            trained = [p for p in self._parameters() if p.requires_grad]
             gradients = sum(p.nbytes for p in trained if p.grad is None)
             state = int(sum(p.numel() for p in trained) * self.run.optimizer_bytes)
             now = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
             self.fixed_bytes = now + gradients + state
         return self.fixed_bytes
 
-    def _head(self, shape: Shape, tile: int) -> tuple[int, float]:
+    def _loss_tiles(self) -> tuple[LossTile, ...]:
+        model: Any = self.model()
+        head = model.get_output_embeddings() if model is not None else None
+        trained = head is not None and head.weight.requires_grad and head.weight.dtype == torch.bfloat16
+        return TRAINED_TILES if trained else LOSS_TILES
+
+    def _head(self, shape: Shape, tile: LossTile) -> tuple[int, float]:
         """Bytes of the last norm's output, what is made of it, and a tile of logits; seconds that small tiles cost."""
         model: Any = self.model()
         hidden = int(self.traced[shape.autocast][-1].widths["x"] * shape.tokens)
@@ -320,14 +368,15 @@ class Passes:
         if head is None or head.weight.dim() != 2:
             return 4 * hidden, 0.0
         row = 2 * head.weight.shape[0]
-        rows = min(shape.tokens, rows_per_chunk(shape.tokens, row, tile))
-        logits, gradient = rows * row, 0
+        rows = min(shape.tokens, rows_per_chunk(shape.tokens, row, tile.size))
+        held, several = rows * row, rows < shape.tokens
         if head.weight.requires_grad:
-            # Summed in float32 over several tiles, and then rounded; in bf16 in one.
-            size = head.weight.numel()
-            logits, gradient = max(logits, 2 * size * (rows < shape.tokens)), (4 if rows < shape.tokens else 2) * size
+            # A sum over several tiles is in float32, and then rounded when the logits have gone.
+            size, wide = head.weight.numel(), several and not tile.rounded_sums
+            held = 4 * size + max(held, 2 * size) if wide else 2 * size + held
         # Each tile reads the whole head three times.
-        return 4 * hidden + logits + gradient, 3 * head.weight.nbytes / BYTES * (shape.tokens / rows - 1)
+        seconds = 3 * head.weight.nbytes / BYTES * (shape.tokens / rows - 1)
+        return 4 * hidden + held, seconds + ROUNDING_SECONDS * (tile.rounded_sums and several)
 
     def _budget(self, device: torch.device) -> int | None:
         budget = self.shared_budget
@@ -360,6 +409,7 @@ class Passes:
         if tighter is None:
             return
         self.limit, self.given = tighter.budget_bytes, None
+        self.seconds = {}
         self.plans, self.passed = {self.shape: chosen._replace(plan=tighter)}, {self.shape: tighter}
         words = f"out of memory: kept values were given up, from now on {plans.describe(tighter)}"
         self._say(Finding("warned", "memory", words, CAPABILITY))
@@ -371,6 +421,11 @@ class Passes:
         if session is not None:
             session.findings.append(replace(finding, plugin="layer_programs"))
         log.log(logging.WARNING if finding.action == "warned" else logging.INFO, "%s", finding.reason)
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """Of the device's last cache; as if endless where it does not say."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 62
 
 
 def _trailing_bytes(plan: MemoryPlan) -> int:
