@@ -25,7 +25,7 @@ from sloth_plugins.layer_programs.layouts import LAYOUTS, Layout
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 CONSTANTS = ("cos", "sin", "mask")
-TILE_ROWS = (8192, 2048, 1024)
+TILE_ROWS = (8192, 2048)
 """Tokens at a time that an MLP may run on where memory is short: few enough to help, enough for full products beside
 4-bit weights that are made dense for each tile anew."""
 
