@@ -129,6 +129,11 @@ class Program:
             with torch.no_grad():
                 return frame.run_forward(x, NOTHING)
 
+    def trained(self) -> list[torch.Tensor]:
+        """The operands of its stages that want a gradient now."""
+        operands = [operand for stage in self.stages for operand in stage.bind(None).operands]
+        return [operand for operand in operands if operand is not None and operand.requires_grad]
+
     def trace(self, x: torch.Tensor, constants: Mapping[str, Any]) -> dict[str, Any]:
         """Every value of one forward run without gradients, ``y`` among them."""
         autocast = autocast_dtype(x)

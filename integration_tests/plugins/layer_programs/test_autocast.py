@@ -11,7 +11,8 @@ from integration_tests.plugins.layer_programs.common import llama, train, twins
 from integration_tests.sameness.architectures import make_batches
 from sloth_kernels.program import Frame
 from sloth_plugins.layer_programs.costs import Shape
-from sloth_plugins.layer_programs.passes import Layer, Passes
+from sloth_plugins.layer_programs.layer import Layer
+from sloth_plugins.layer_programs.passes import Passes
 
 BF16 = torch.bfloat16
 

@@ -288,8 +288,8 @@ def linear_cross_entropy(
     follow from ``logits_bytes`` (``LOGITS_BYTES``); ``rows``, made from the same labels earlier, saves a wait for the
     device; with ``rounded_sums`` a bfloat16 dW is summed over chunks as it is, without a float32 copy: each chunk but
     the first rounds once more. Divide ``loss_sum`` by the number of items for stock's normalisation. Without a single
-    label the loss is 0 and so are the gradients. A label outside [0, V) that is not ``ignore_index`` raises ``IndexError`` on the CPU and
-    makes the loss and that row's gradients NaN in the kernel.
+    label the loss is 0 and so are the gradients. A label outside [0, V) that is not ``ignore_index`` raises
+    ``IndexError`` on the CPU and makes the loss and that row's gradients NaN in the kernel.
     """
     softcap = None if softcap is None else float(softcap)
     opt = _Options(float(scale), softcap, ignore_index, chunk_rows, rows, logits_bytes, rounded_sums)

@@ -20,12 +20,14 @@ import torch
 
 from sloth_backend.findings import Edits
 from sloth_kernels.documents import remember
+from sloth_plugins.batch_fusion.ahead import Ahead
 from sloth_plugins.batch_fusion.budget import Budget
+from sloth_plugins.batch_fusion.known_loss import Copy, KnownLoss
 from sloth_plugins.batch_fusion.rows import Rows, UnfitError, divided, joined, positions, rows_of
 
 log = logging.getLogger(__name__)
 
-LOOP = ("get_batch_samples", "training_step", "get_train_dataloader")
+LOOP = ("get_batch_samples", "training_step", "compute_loss", "get_train_dataloader")
 
 
 class Fusion:
@@ -42,6 +44,9 @@ class Fusion:
         self.budget, self.longest = budget, longest
         self.work: list[tuple[Any, list[dict[str, torch.Tensor]]]] = []
         """Micro-batches of the step, each with the passes that it stands for."""
+        self.ahead: Ahead | None = None
+        self.losses: list[Copy] = []
+        """Those of the passes of the step that runs, on their way to the host."""
         self.told: set[str] = set()
 
     def install(self, edits: Edits) -> None:
@@ -64,8 +69,10 @@ class Fusion:
         self, original: Callable[..., Any], trainer: Any, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> Any:
         """The host's micro-batches, with the passes that will be made of them noted."""
-        batches, count = original(trainer, epoch_iterator, num_batches, device)
-        self.work = []
+        if self.ahead is None or self.ahead.iterator is not epoch_iterator:
+            self.ahead = Ahead(epoch_iterator)
+        batches, count = original(trainer, self.ahead, num_batches, device)
+        self.work, self.losses = [], []
         if batches and count is not None:
             try:
                 passes = self._passes(batches)
@@ -101,7 +108,23 @@ class Fusion:
             with trainer.accelerator.no_sync(model):
                 losses.append(original(trainer, model, one, num_items_in_batch))
         losses.append(original(trainer, model, last, num_items_in_batch))
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        self._fetch_ahead(trainer)
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return KnownLoss(loss, self.losses) if len(self.losses) == len(losses) else loss
+
+    def compute_loss(self, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's loss; in training it is sent home before backward is asked for."""
+        result = original(trainer, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if self.work and loss.is_cuda and loss.requires_grad:
+            self.losses.append(Copy.of(loss))
+        return result
+
+    def _fetch_ahead(self, trainer: Any) -> None:
+        """The next step's batches, where there will be one and nobody saves how far the loader has come."""
+        stateful = getattr(trainer.accelerator.dataloader_config, "use_stateful_dataloader", False)
+        if self.ahead is not None and not stateful and trainer.state.global_step + 1 < trainer.state.max_steps:
+            self.ahead.fetch(trainer.args.gradient_accumulation_steps)
 
     def _tell(self, reason: str) -> None:
         if reason not in self.told:

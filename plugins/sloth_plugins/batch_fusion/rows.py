@@ -57,8 +57,8 @@ def rows_of(batch: Mapping[str, Any]) -> Rows:
     if bool((kept[:, 1:] > kept[:, :-1]).any()):
         raise UnfitError("its padding is not on the right")
     lengths = kept.sum(1).tolist()
-    flat = (torch.cat([row[:n] for row, n in zip(values, lengths, strict=True)]) for values in (ids, labels))
-    return Rows(*flat, tuple(n for n in lengths if n), ids.numel())
+    flat_ids, flat_labels = (torch.cat([row[:n] for row, n in zip(t, lengths, strict=True)]) for t in (ids, labels))
+    return Rows(flat_ids, flat_labels, tuple(n for n in lengths if n), ids.numel())
 
 
 def _check(batch: Mapping[str, Any]) -> None:

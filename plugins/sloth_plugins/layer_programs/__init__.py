@@ -1,8 +1,8 @@
 """Layer programs: a decoder layer that can be taken apart runs as one function that keeps what the memory plan says.
 
 ``layouts`` is what is known of layers, ``assemble`` builds programs from it, ``probe`` asks the model whether they are
-right, ``costs`` says what they cost, ``passes`` plans and runs them, ``given`` reads a plan that another plugin made.
-docs/memory-plan.md tells the whole.
+right, ``layer``, ``costs`` and ``head`` say what they cost, ``passes`` plans and runs them, ``given`` reads a plan that
+another plugin made. docs/memory-plan.md tells the whole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from sloth_plugins.kernel_patching.match import Matcher
 from sloth_plugins.layer_programs.assemble import Assembler, LayerProgram, MisfitError
 from sloth_plugins.layer_programs.checkpointing import leave_alone
 from sloth_plugins.layer_programs.given import for_programs
-from sloth_plugins.layer_programs.passes import Layer, Passes, shared_budget
+from sloth_plugins.layer_programs.layer import Layer
+from sloth_plugins.layer_programs.passes import Passes, shared_budget
 from sloth_plugins.layer_programs.probe import Seen, constants_of, disagreement, evaluating, observe
 from sloth_plugins.offloaded_checkpointing import make_ring
 from sloth_plugins.offloaded_checkpointing.seam import Rings, checkpointed_layers

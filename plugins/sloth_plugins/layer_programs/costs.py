@@ -14,6 +14,7 @@ import torch
 from sloth_backend.plan import Level
 from sloth_kernels.program import INPUT, OUTPUT, Program
 from sloth_kernels.tiles import Tiled
+from sloth_plugins.offloaded_checkpointing.ring import AHEAD
 
 FLOPS, BYTES, LINK_BYTES = 600e12, 3e12, 50e9
 """A second's products, device traffic and traffic to the host (one H200); only their ratios matter to a plan."""
@@ -78,6 +79,7 @@ class Estimate:
         widths: bytes a token of each of its values.
         shape: of the pass.
         parkable: those of its values that may wait in host memory.
+        gradient_bytes: of its operands, which autograd adds to those of earlier passes when its backward is over.
     """
 
     def __init__(
@@ -86,8 +88,9 @@ class Estimate:
         widths: Mapping[str, float],
         shape: Shape,
         parkable: frozenset[str] = frozenset(),
+        gradient_bytes: int = 0,
     ) -> None:
-        self.program = program
+        self.program, self.gradient_bytes = program, gradient_bytes
         self.size = {name: int(width * shape.tokens) for name, width in widths.items()}
         self.root = {name: stage.reads[0] for stage in program.stages if stage.views for name in stage.writes}  # type: ignore[attr-defined]
         costs = [self._stage(stage, widths, shape) for stage in program.stages]
@@ -151,8 +154,11 @@ class Estimate:
             device_bytes=self.held(kept - away) + (0 if INPUT in away else self.size[INPUT]),
             host_bytes=moved,
             seconds=seconds,
-            # Its own input is back, and what the layer below sent away is on its way.
-            working_bytes=self.backward_bytes(kept, away) + (self.size[INPUT] if INPUT in away else 0) + moved,
+            # Its own input is back, and what comes next is on its way.
+            working_bytes=self.backward_bytes(kept, away)
+            + (self.size[INPUT] if INPUT in away else 0)
+            + sum(sorted(self.size[name] for name in away)[-AHEAD:])
+            + self.gradient_bytes,
             tile_rows=self.tile_rows,
         )
 

@@ -20,15 +20,14 @@ from sloth_backend.findings import Finding
 from sloth_backend.phases import find_session
 from sloth_backend.plan import Cached, Costs, Level, MemoryPlan
 from sloth_backend.run import Run
-from sloth_kernels.adapters import autocast_dtype
 from sloth_kernels.dense_cache import DenseCache
-from sloth_kernels.documents import DocumentMask
 from sloth_kernels.linears import DENSE_TRAFFIC
-from sloth_kernels.ops.linear_cross_entropy import LOGITS_BYTES, rows_per_chunk
 from sloth_kernels.program import INPUT, Park
 from sloth_plugins.kernel_patching.loss import limit_logits
-from sloth_plugins.layer_programs.assemble import LayerProgram
-from sloth_plugins.layer_programs.costs import BYTES, Estimate, Shape, levels_of, parkable, widths
+from sloth_plugins.layer_programs import head
+from sloth_plugins.layer_programs.costs import BYTES, Shape, levels_of
+from sloth_plugins.layer_programs.head import LossTile
+from sloth_plugins.layer_programs.layer import Layer, documents_shape, shape_of
 from sloth_plugins.layer_programs.probe import evaluating
 from sloth_plugins.offloaded_checkpointing.ring import Handle, Kept
 from sloth_plugins.offloaded_checkpointing.seam import Rings, held_by
@@ -40,45 +39,6 @@ SETTLED = 6
 log = logging.getLogger("sloth_backend")
 
 
-class Layer:
-    """A layer's programs, the bytes a token of their values, and those of the weights that can be cached for it.
-
-    Args:
-        made: its programs.
-        x: an input of a few tokens (B, S, H); the program is run on it, under the autocast that is on.
-        constants: those that go with it.
-    """
-
-    def __init__(self, made: LayerProgram, x: torch.Tensor, constants: Mapping[str, Any]) -> None:
-        values = made.program.trace(x, constants)
-        self.made, self.x, self.constants = made, x, constants
-        self.programs = {0: made.program, **made.tiled}
-        self.widths, self.parkable, self.dense_bytes = widths(values, x), parkable(values), made.dense_bytes()
-        self.key = (made.program.forms, tuple(sorted(self.widths.items())), self.dense_bytes)
-
-    def traced_again(self, device: torch.device) -> Layer:
-        """The same layer as it is now, on ``device``."""
-        constants = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.constants.items()}
-        return Layer(self.made, self.x.to(device), constants)
-
-    def estimates(self, shape: Shape) -> list[Estimate]:
-        """What its programs cost in a pass of ``shape``; those whose tiles would be longer than it are left out."""
-        fitting = [program for rows, program in self.programs.items() if rows < shape.tokens]
-        return [Estimate(program, self.widths, shape, self.parkable) for program in fitting]
-
-
-class LossTile(NamedTuple):
-    """Bytes of logits that the loss may hold at a time, and whether a trained head's gradient is summed in bf16."""
-
-    size: int
-    rounded_sums: bool = False
-
-
-LOSS_TILES = (LossTile(LOGITS_BYTES), LossTile(LOGITS_BYTES // 4), LossTile(LOGITS_BYTES // 8))
-TRAINED_TILES = (*LOSS_TILES, LossTile(LOGITS_BYTES, True), LossTile(LOGITS_BYTES // 2, True))
-"""Those of a trained head in bf16. Tiles are large where each rounds the gradient of the whole head."""
-ROUNDING_SECONDS = 1e-3
-"""What an exact sum is worth: it is given up only where memory is short."""
 PASS_SECONDS, LAYER_SECONDS = 2e-3, 2e-3
 """What a pass costs the host by itself, and each of its layers, forward and backward: no pass is faster than that."""
 UNCACHED = 0.05
@@ -91,21 +51,6 @@ def shared_budget(run: Run) -> int | None:
     if not (dist.is_available() and dist.is_initialized()):
         return None
     return agreed(device_budget(run.device, run.config), run.device)
-
-
-def shape_of(x: torch.Tensor, mask: torch.Tensor | None) -> Shape:
-    """Of a pass with the input x (B, S, H). That of documents, which differ from pass to pass, is rounded up."""
-    autocast = autocast_dtype(x)
-    if isinstance(mask, DocumentMask):
-        return documents_shape(mask.documents.tokens, mask.documents.longest, autocast)
-    return Shape(x.shape[:-1].numel(), x.shape[-2], autocast)
-
-
-def documents_shape(tokens: int, longest: int, autocast: torch.dtype | None) -> Shape:
-    """Of a pass of documents, its tokens at most an eighth too many where they are many: few shapes, few plans."""
-    step = max(256, 1 << tokens.bit_length() >> 4)
-    tokens = -(-tokens // step) * step
-    return Shape(tokens, min(tokens, 1 << (longest - 1).bit_length()), autocast)
 
 
 class Chosen(NamedTuple):
@@ -193,12 +138,13 @@ class Passes:
             self._trace(shape.autocast, device)
             budget, layers = self._budget(device), self._costs(shape, device)
             candidates = []
-            for tile in self._loss_tiles():
-                head, seconds = self._head(shape, tile)
-                costs = replace(layers, head_bytes=head)
+            for tile in head.tiles_of(self._head()):
+                hidden = int(self.traced[shape.autocast][-1].widths[INPUT] * shape.tokens)
+                held, seconds = head.cost(self._head(), hidden, shape.tokens, tile)
+                costs = replace(layers, head_bytes=held)
                 plan = self._choose(costs, shape, budget, device)
                 if trailing := _trailing_bytes(plan):
-                    costs = replace(costs, head_bytes=head + trailing)
+                    costs = replace(costs, head_bytes=held + trailing)
                     plan = self._choose(costs, shape, budget, device)
                 candidates.append(Chosen(plan, costs, tile, seconds))
             self.plans[shape] = min(candidates, key=self._merit(device))
@@ -263,7 +209,7 @@ class Passes:
         for layer, level in zip(self.traced[shape.autocast], given.levels, strict=True):
             key = layer.key, level
             if key not in known:
-                estimate = Estimate(layer.programs[0], layer.widths, shape, layer.parkable)
+                estimate = layer.estimate(layer.programs[0], shape)
                 known[key] = replace(estimate.level(level.kept, level.offloaded), name=level.name)
             levels.append(known[key])
         peak = plans.peak_bytes(levels, given.cached_layers, costs)
@@ -354,29 +300,10 @@ class Passes:
             self.fixed_bytes = now + gradients + state
         return self.fixed_bytes
 
-    def _loss_tiles(self) -> tuple[LossTile, ...]:
+    def _head(self) -> Any:
+        """The model's head; None where it has none."""
         model: Any = self.model()
-        head = model.get_output_embeddings() if model is not None else None
-        trained = head is not None and head.weight.requires_grad and head.weight.dtype == torch.bfloat16
-        return TRAINED_TILES if trained else LOSS_TILES
-
-    def _head(self, shape: Shape, tile: LossTile) -> tuple[int, float]:
-        """Bytes of the last norm's output, what is made of it, and a tile of logits; seconds that small tiles cost."""
-        model: Any = self.model()
-        hidden = int(self.traced[shape.autocast][-1].widths["x"] * shape.tokens)
-        head = model.get_output_embeddings() if model is not None else None
-        if head is None or head.weight.dim() != 2:
-            return 4 * hidden, 0.0
-        row = 2 * head.weight.shape[0]
-        rows = min(shape.tokens, rows_per_chunk(shape.tokens, row, tile.size))
-        held, several = rows * row, rows < shape.tokens
-        if head.weight.requires_grad:
-            # A sum over several tiles is in float32, and then rounded when the logits have gone.
-            size, wide = head.weight.numel(), several and not tile.rounded_sums
-            held = 4 * size + max(held, 2 * size) if wide else 2 * size + held
-        # Each tile reads the whole head three times.
-        seconds = 3 * head.weight.nbytes / BYTES * (shape.tokens / rows - 1)
-        return 4 * hidden + held, seconds + ROUNDING_SECONDS * (tile.rounded_sums and several)
+        return model.get_output_embeddings() if model is not None else None
 
     def _budget(self, device: torch.device) -> int | None:
         budget = self.shared_budget

@@ -9,8 +9,8 @@ i takes these steps, none of which blocks the host:
               layer i     the compute stream waits for that copy; the same is begun for layer i-1
 
 So the device holds one input in each direction, whatever the number of layers. Where a layer sends several values
-away, one after the other, ``depth`` says how many: each has the time of a whole layer for its way, in both directions,
-and as many are held. Device memory is always taken from
+away, one after the other, ``depth`` says how many: each has the time of a whole layer for its way out, and as many are
+held; home come ``AHEAD`` at a time. Device memory is always taken from
 the compute stream's own pool and goes back to it, behind an event where a copy may still touch it;
 ``Tensor.record_stream`` would delay its reuse by an unknown time.
 """
@@ -30,6 +30,10 @@ from torch import Tensor
 from sloth_plugins.offloaded_checkpointing.arena import Block
 from sloth_plugins.offloaded_checkpointing.device import Device, Stream
 from sloth_plugins.offloaded_checkpointing.host_memory import HostMemory
+
+AHEAD = 2
+"""How many values are on their way home at most, where a layer has sent several away: they are needed one after the
+other, in the time of a whole layer, and each takes memory from when it is sent for."""
 
 Handles = tuple["weakref.ref[Handle]", ...]
 
@@ -172,9 +176,9 @@ class Ring:
             return tensor
 
     def _fetch_before(self, handle: Handle) -> None:
-        """Send for what ``depth`` calls of ``save`` before ``handle``'s sent away, the latest first."""
+        """Send for what a few calls of ``save`` before ``handle``'s sent away, the latest first."""
         coming = handle.previous
-        for _ in range(self.depth):
+        for _ in range(min(self.depth, AHEAD)):
             earlier = list(_alive(coming))
             for one in earlier:
                 self._fetch(one)

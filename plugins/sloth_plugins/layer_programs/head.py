@@ -1,0 +1,46 @@
+"""Ways to compute the loss: how many logits it holds at a time, and how the gradient of a trained head is summed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from sloth_kernels.ops.linear_cross_entropy import LOGITS_BYTES, rows_per_chunk
+from sloth_plugins.layer_programs.costs import BYTES
+
+
+class LossTile(NamedTuple):
+    """Bytes of logits that the loss may hold at a time, and whether a trained head's gradient is summed in bf16."""
+
+    size: int
+    rounded_sums: bool = False
+
+
+LOSS_TILES = (LossTile(LOGITS_BYTES), LossTile(LOGITS_BYTES // 4), LossTile(LOGITS_BYTES // 8))
+TRAINED_TILES = (*LOSS_TILES, LossTile(LOGITS_BYTES, True), LossTile(LOGITS_BYTES // 2, True))
+"""Those of a trained head in bf16. Tiles are large where each rounds the gradient of the whole head."""
+ROUNDING_SECONDS = 1e-3
+"""What an exact sum is worth: it is given up only where memory is short."""
+
+
+def tiles_of(head: Any) -> tuple[LossTile, ...]:
+    """What there is to choose from for ``head``, an ``nn.Linear`` or None."""
+    trained = head is not None and head.weight.requires_grad and head.weight.dtype == torch.bfloat16
+    return TRAINED_TILES if trained else LOSS_TILES
+
+
+def cost(head: Any, hidden_bytes: int, tokens: int, tile: LossTile) -> tuple[int, float]:
+    """Bytes of the last norm's output, what is made of it, and a tile of logits; seconds that small tiles cost."""
+    if head is None or head.weight.dim() != 2:
+        return 4 * hidden_bytes, 0.0
+    row = 2 * head.weight.shape[0]
+    rows = min(tokens, rows_per_chunk(tokens, row, tile.size))
+    held, several = rows * row, rows < tokens
+    if head.weight.requires_grad:
+        # A sum over several tiles is in float32, and then rounded when the logits have gone.
+        size, wide = head.weight.numel(), several and not tile.rounded_sums
+        held = 4 * size + max(held, 2 * size) if wide else 2 * size + held
+    # Each tile reads the whole head three times.
+    seconds = 3 * head.weight.nbytes / BYTES * (tokens / rows - 1)
+    return 4 * hidden_bytes + held, seconds + ROUNDING_SECONDS * (tile.rounded_sums and several)
