@@ -136,6 +136,24 @@ def test_never_holds_all_logits(rows: str, ignored: int) -> None:
     assert stock.largest() >= 64 * 1000 * 4
 
 
+def test_rounded_sums_take_no_second_weight_and_round_once_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their error is at most that of as many roundings as there are chunks, and no float32 matrix of W's size is made."""
+    monkeypatch.setattr(op, "runs_triton", lambda *tensors: False)
+    chunks, (hidden, weight, labels) = 4, make(64, 96, 1000)
+    exact = [t.detach().double().requires_grad_() for t in (hidden.bfloat16(), weight.bfloat16())]
+    truth = gradients(exact, reference(*exact, labels).loss_sum)[1]
+    errors = {}
+    for rounded in (False, True):
+        own = [t.detach().float().bfloat16().requires_grad_() for t in exact]
+        with Trace() as trace:
+            loss = linear_cross_entropy(*own, labels, chunk_rows=64 // chunks, rounded_sums=rounded).loss_sum
+        errors[rounded] = ((gradients(own, loss)[1].double() - truth).norm() / truth.norm()).item()
+        results = [result for _, _, result in trace.calls if isinstance(result, torch.Tensor)]
+        wide = [t for t in results if t.dtype == torch.float32 and t.shape == weight.shape]
+        assert bool(wide) is not rounded
+    assert errors[True] <= errors[False] + chunks * torch.finfo(torch.bfloat16).eps / 2
+
+
 def test_default_chunk_is_bounded(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound counts the plain torch pass's temporaries, so that its chunks are shorter."""
     monkeypatch.setattr(op, "LOGITS_BYTES", 38 * 1024 * 4)
