@@ -137,7 +137,7 @@ def test_never_holds_all_logits(rows: str, ignored: int) -> None:
 
 
 def test_rounded_sums_take_no_second_weight_and_round_once_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their error is at most that of as many roundings as there are chunks, and no float32 matrix of W's size is made."""
+    """Their error is at most that of as many roundings as there are chunks; no float32 matrix of W's size is made."""
     monkeypatch.setattr(op, "runs_triton", lambda *tensors: False)
     chunks, (hidden, weight, labels) = 4, make(64, 96, 1000)
     exact = [t.detach().double().requires_grad_() for t in (hidden.bfloat16(), weight.bfloat16())]

@@ -44,3 +44,14 @@ def cost(head: Any, hidden_bytes: int, tokens: int, tile: LossTile) -> tuple[int
     # Each tile reads the whole head three times.
     seconds = 3 * head.weight.nbytes / BYTES * (tokens / rows - 1)
     return 4 * hidden_bytes + held, seconds + ROUNDING_SECONDS * (tile.rounded_sums and several)
+
+
+def waiting_bytes(model: Any) -> int:
+    """Bytes of a trained head's gradient that wait through all of backward, where the head is tied to the embedding.
+
+    Autograd adds the two up before it adds them to the gradient of earlier passes.
+    """
+    if model is None or (head := model.get_output_embeddings()) is None:
+        return 0
+    tied = head.weight is model.get_input_embeddings().weight
+    return head.weight.nbytes if tied and head.weight.requires_grad else 0

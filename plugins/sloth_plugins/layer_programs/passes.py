@@ -274,11 +274,12 @@ class Passes:
 
     def _costs(self, shape: Shape, device: torch.device) -> Costs:
         known: dict[Any, tuple[tuple[Level, ...], int]] = {}
-        layers = self.traced[shape.autocast]
+        layers, waiting = self.traced[shape.autocast], head.waiting_bytes(self.model())
         for layer in layers:
             if layer.key not in known:
                 estimates = layer.estimates(shape)
-                known[layer.key] = levels_of(estimates), estimates[0].forward_bytes()
+                levels = [replace(lv, working_bytes=lv.working_bytes + waiting) for lv in levels_of(estimates)]
+                known[layer.key] = tuple(levels), estimates[0].forward_bytes()
         dense = tuple(layer.dense_bytes for layer in layers)
         return Costs(
             tokens=shape.tokens,

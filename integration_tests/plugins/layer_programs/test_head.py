@@ -1,0 +1,85 @@
+"""What the loss is reckoned to hold and to cost, and what passes of documents look like to the plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from integration_tests import tiny
+from integration_tests.plugins.layer_programs.common import switched_on
+from sloth_plugins.layer_programs import head
+from sloth_plugins.layer_programs.head import LOSS_TILES, TRAINED_TILES, LossTile
+from sloth_plugins.layer_programs.layer import documents_shape
+from sloth_plugins.program_layers import planner_of
+
+VOCABULARY, HIDDEN, TOKENS = 128_256, 2048, 4096
+DW = 2 * VOCABULARY * HIDDEN
+LOGITS = 2 * VOCABULARY * TOKENS
+
+
+def linear(trained: bool) -> nn.Linear:
+    with torch.device("meta"):
+        made = nn.Linear(HIDDEN, VOCABULARY, bias=False, dtype=torch.bfloat16)
+    return made.requires_grad_(trained)
+
+
+def cost(trained: bool, tile: LossTile) -> tuple[int, float]:
+    return head.cost(linear(trained), 0, TOKENS, tile)
+
+
+def test_a_frozen_head_holds_a_tile_of_logits() -> None:
+    assert cost(False, LossTile(2 * LOGITS)) == (LOGITS, 0.0)
+    half, seconds = cost(False, LossTile(LOGITS // 2))
+    assert half == LOGITS // 2
+    assert seconds > 0
+
+
+def test_a_trained_head_holds_its_gradient_too() -> None:
+    """Of one tile in bf16, of several in float32 unless they may round; the logits go before a second copy comes."""
+    assert cost(True, LossTile(2 * LOGITS))[0] == DW + LOGITS
+    assert cost(True, LossTile(LOGITS // 2))[0] == 2 * DW + max(LOGITS // 2, DW)
+    assert cost(True, LossTile(LOGITS // 2, rounded_sums=True))[0] == DW + LOGITS // 2
+
+
+def test_exact_sums_are_preferred() -> None:
+    exact, rounded = (cost(True, LossTile(LOGITS // 2, rounds))[1] for rounds in (False, True))
+    assert exact < rounded
+
+
+@pytest.mark.parametrize(("trained", "dtype", "tiles"), [
+    (False, torch.bfloat16, LOSS_TILES), (True, torch.float32, LOSS_TILES), (True, torch.bfloat16, TRAINED_TILES),
+])  # fmt: skip
+def test_only_a_trained_bf16_head_may_round(trained: bool, dtype: torch.dtype, tiles: Any) -> None:
+    assert head.tiles_of(nn.Linear(2, 2, dtype=dtype).requires_grad_(trained)) == tiles
+    assert head.tiles_of(None) == LOSS_TILES
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_tied_heads_gradient_waits_for_the_embeddings(tied: bool, trained: bool) -> None:
+    model = tiny.make_model(tiny.make_tokenizer(), tie_word_embeddings=tied).requires_grad_(trained)
+    weight = model.get_output_embeddings().weight
+    assert head.waiting_bytes(model) == (weight.nbytes if tied and trained else 0)
+    assert head.waiting_bytes(None) == 0
+
+
+@given(tokens=st.integers(1, 200_000), longest=st.integers(1, 200_000))
+def test_passes_of_documents_have_few_shapes(tokens: int, longest: int) -> None:
+    longest = min(tokens, longest)
+    shape = documents_shape(tokens, longest, None)
+    assert shape.tokens >= tokens
+    assert shape.tokens <= tokens + max(255, tokens // 8)
+    assert longest <= shape.length < max(2 * longest, 2)
+
+
+def test_a_pass_costs_at_least_what_the_host_needs_and_grows_with_its_tokens() -> None:
+    model = tiny.make_model(tiny.make_tokenizer())
+    planner = planner_of(switched_on(model))
+    seconds = [planner.pass_seconds(tokens, 256, None) for tokens in (256, 1024, 1 << 24, 1 << 26)]
+    assert seconds[0] == seconds[1] == planner.least_seconds
+    assert seconds[1] < seconds[2] < seconds[3]
