@@ -23,6 +23,10 @@ HOSTS = {
 }
 """Module of a host -> ``module:function`` that is called with it once it is complete, again after a reload."""
 
+REWRITERS = ("unsloth",)
+"""Libraries that write the hosts' classes anew from their signatures, and fail on a parameter that the source does not
+have. They ask to be imported first: where one is, the classes stay as they are, and have no switch."""
+
 _patched: dict[str, str] = {}
 _errors: dict[str, Exception] = {}
 _watched: dict[int, ModuleType] = {}
@@ -127,6 +131,8 @@ def _is_installed() -> bool:
 def _patch(module: ModuleType) -> None:
     name = module.__name__
     _watched.pop(id(module), None)
+    if any(library in sys.modules for library in REWRITERS):
+        return
     try:
         home, _, function = HOSTS[name].partition(":")
         getattr(importlib.import_module(home), function)(module)

@@ -310,3 +310,17 @@ def test_the_wheel_carries_the_switch(tmp_path: Path) -> None:
     """
     output = run(script, {**os.environ, "PYTHONPATH": str(target)}).stdout
     assert output.split() == ["True", str(target / "sloth_backend" / "__init__.py")]
+
+
+def test_beside_a_library_that_writes_the_classes_anew_they_stay_as_they_are(installed: dict[str, str]) -> None:
+    """It copies the source of ``__init__``, which has no switch, and calls the copy with what the signature has."""
+    script = """
+        import sys, types
+        sys.modules["unsloth"] = types.ModuleType("unsloth")
+        import inspect
+        from trl import SFTTrainer
+        from sloth_backend import autoload
+        assert "backend" not in inspect.signature(SFTTrainer).parameters
+        assert autoload.status().installed and not autoload.status().errors
+        """
+    run(script, installed)

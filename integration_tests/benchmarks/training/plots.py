@@ -43,12 +43,15 @@ def draw_bars(target: Path, rows: list[Figures]) -> Path:
     names = [name for name in WORKLOADS if any(f.workload == name for f in rows)]
     figure, axes = plt.subplots(2, 1, figsize=(max(9, 2.4 * len(names)), 7.5))
     for axis, pick, label in zip(
-        axes, (lambda f: f.step_seconds, lambda f: f.peak_gib), ("seconds a step", "peak GiB"), strict=True
+        axes,
+        (lambda f: f.step_seconds, lambda f: f.peak_gib),
+        ("seconds a step (lower is better)", "peak GiB (ours: what is spare buys speed)"),
+        strict=True,
     ):
         for at, name in enumerate(names):
             _group(axis, at, [f for f in rows if f.workload == name], pick)
         axis.set_xticks(range(len(names)), names)
-        axis.set_ylabel(f"{label} (lower is better)")
+        axis.set_ylabel(label)
         axis.spines[["top", "right"]].set_visible(False)
     return _finish(figure, target, {f.contender for f in rows})
 
