@@ -31,7 +31,7 @@ from integration_tests.plugins.layer_programs.common import (
 )
 from sloth_backend.budget import CONTEXT_BYTES, GIB, SPARE_SHARE
 from sloth_backend.plan import Costs, MemoryPlan
-from sloth_plugins.layer_programs import passes
+from sloth_plugins.layer_programs import planner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -213,7 +213,7 @@ def run_for_steps(large: Large, **config: Any) -> Outcome:
     trained, plans = large.trained(), []
     for name, value in large.start.items():
         trained[name].data.copy_(value)
-    planned = passes.Passes.planned
+    planned = planner.Planner.planned
 
     def noted(*args: Any) -> MemoryPlan:
         plan = planned(*args)
@@ -222,7 +222,7 @@ def run_for_steps(large: Large, **config: Any) -> Outcome:
         return plan
 
     with pytest.MonkeyPatch.context() as patch, switched(large.model, **config):
-        patch.setattr(passes.Passes, "planned", noted)
+        patch.setattr(planner.Planner, "planned", noted)
         losses = steps(large.model, list(trained.values()))
         warned = [finding.reason for finding in plans_of(large.model) if finding.action == "warned"]
         return Outcome(plans, torch.cuda.max_memory_allocated(), losses, warned)
@@ -307,7 +307,7 @@ def test_offloaded_inputs_are_gone_between_the_passes(large: Large, monkeypatch:
 
 def test_running_out_of_memory_is_survived(large: Large, ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan counts on memory that is not there: half-way between the least plan and the fastest it ends."""
-    monkeypatch.setattr(passes, "device_budget", lambda *args: 1 << 50)
+    monkeypatch.setattr(planner, "device_budget", lambda *args: 1 << 50)
     limit = set_limit(ends.between(0.5))
     outcome = run_for_steps(large, memory="auto")
     first, *_, last = (plan.predicted_peak_bytes for plan in outcome.plans)

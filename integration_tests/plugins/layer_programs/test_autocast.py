@@ -12,46 +12,46 @@ from integration_tests.sameness.architectures import make_batches
 from sloth_kernels.program import Frame
 from sloth_plugins.layer_programs.costs import Shape
 from sloth_plugins.layer_programs.layer import Layer
-from sloth_plugins.layer_programs.passes import Passes
+from sloth_plugins.layer_programs.planner import Planner
 
 BF16 = torch.bfloat16
 
 
 @pytest.fixture
-def planning(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Passes, Shape]]:
+def planning(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Planner, Shape]]:
     """Who has planned, and for what."""
-    seen: list[tuple[Passes, Shape]] = []
-    original = Passes.planned
+    seen: list[tuple[Planner, Shape]] = []
+    original = Planner.planned
 
-    def noted(self: Passes, shape: Shape, device: torch.device) -> Any:
+    def noted(self: Planner, shape: Shape, device: torch.device) -> Any:
         seen.append((self, shape))
         return original(self, shape, device)
 
-    monkeypatch.setattr(Passes, "planned", noted)
+    monkeypatch.setattr(Planner, "planned", noted)
     return seen
 
 
-def test_products_take_half_of_float32_under_bf16(planning: list[tuple[Passes, Shape]]) -> None:
+def test_products_take_half_of_float32_under_bf16(planning: list[tuple[Planner, Shape]]) -> None:
     mine, _ = twins(llama(), memory="fastest")
     batch = make_batches(1)
     train(mine, batch)
     with torch.autocast("cpu", BF16):
         train(mine, batch)
-    (passes, plain), (_, under) = planning
+    (planner, plain), (_, under) = planning
     assert (plain.autocast, under.autocast) == (None, BF16)
     assert plain[:2] == under[:2]
-    assert len(passes.traced[BF16]) == len(passes.layers)
-    for layer, traced in zip(passes.layers, passes.traced[BF16], strict=True):
+    assert len(planner.traced[BF16]) == len(planner.layers)
+    for layer, traced in zip(planner.layers, planner.traced[BF16], strict=True):
         assert layer.widths.keys() == traced.widths.keys()
         for name in ("gate", "up", "v", "a"):
             assert traced.widths[name] == layer.widths[name] / 2
         assert traced.widths["x"] == layer.widths["x"]
-    peaks = [passes.plans[shape].plan.predicted_peak_bytes for shape in (plain, under)]
+    peaks = [planner.plans[shape].plan.predicted_peak_bytes for shape in (plain, under)]
     assert peaks[1] < peaks[0]
 
 
 def test_the_bytes_are_those_that_a_pass_keeps(
-    planning: list[tuple[Passes, Shape]], monkeypatch: pytest.MonkeyPatch
+    planning: list[tuple[Planner, Shape]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[dict[str, int]] = []
     original = Frame.run_forward
@@ -66,15 +66,15 @@ def test_the_bytes_are_those_that_a_pass_keeps(
         train(mine, make_batches(1))
         monkeypatch.setattr(Frame, "run_forward", noted)
         train(mine, make_batches(1))
-    ((passes, shape), _) = planning
+    ((planner, shape), _) = planning
     first = held[0]
     assert {"gate", "up"} <= first.keys()
-    widths = passes.traced[BF16][0].widths
+    widths = planner.traced[BF16][0].widths
     assert first == {name: int(widths[name] * shape.tokens) for name in first}
 
 
 def test_weights_that_are_elsewhere_are_no_reason_to_stop(
-    planning: list[tuple[Passes, Shape]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    planning: list[tuple[Planner, Shape]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(self: Layer, device: torch.device) -> Layer:
         raise RuntimeError("no weight is here, the test says")
@@ -83,12 +83,12 @@ def test_weights_that_are_elsewhere_are_no_reason_to_stop(
     monkeypatch.setattr(Layer, "traced_again", fail)
     with torch.autocast("cpu", BF16):
         train(mine, make_batches(1))
-    ((passes, _),) = planning
-    assert [layer.widths for layer in passes.traced[BF16]] == [layer.widths for layer in passes.layers]
+    ((planner, _),) = planning
+    assert [layer.widths for layer in planner.traced[BF16]] == [layer.widths for layer in planner.layers]
     assert "the memory plan counts bytes as without autocast: no weight is here, the test says" in caplog.text
 
 
-def test_looking_again_draws_no_masks(planning: list[tuple[Passes, Shape]]) -> None:
+def test_looking_again_draws_no_masks(planning: list[tuple[Planner, Shape]]) -> None:
     """The first pass under autocast, in which values are looked at, is like the second, in which they are not."""
     mine, _ = twins(llama(lora_dropout=0.1), memory="fastest")
     modes = {name: module.training for name, module in mine.named_modules()}

@@ -11,7 +11,7 @@ from integration_tests.plugins.layer_programs.common import WHOLE_BLOCKS, adapte
 from integration_tests.sameness.architectures import make_model
 from sloth_backend.plan import MemoryPlan
 from sloth_plugins import layer_programs
-from sloth_plugins.layer_programs import passes
+from sloth_plugins.layer_programs import planner as planning
 from sloth_plugins.layer_programs.costs import Shape
 
 LAYERS, SHAPE, CPU = 16, Shape(1 << 18, 1024), torch.device("cpu")
@@ -21,27 +21,27 @@ SHARES = (0.02, 0.1, 0.2, 0.35, 0.5, 0.6, 0.7, 0.85, 1.0)
 class Planner:
     """Plans passes of ``SHAPE`` through a 4-bit model of ``LAYERS`` layers that are alike."""
 
-    def __init__(self, made: passes.Passes, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.passes, self.patch = made, monkeypatch
+    def __init__(self, made: planning.Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made, self.patch = made, monkeypatch
         made.layers[1:] = made.layers[:1] * (LAYERS - 1)
 
     def plan(self, mode: str = "auto", budget: int | None = None) -> tuple[MemoryPlan, float]:
         """The plan, and the seconds it takes beyond the fastest layers."""
-        self.patch.setattr(passes, "device_budget", lambda *args: budget)
-        self.patch.setattr(self.passes, "_mode", lambda device: mode)
-        self.passes.plans.clear()
-        return self.passes.planned(SHAPE, CPU), self.passes.plans[SHAPE].seconds()
+        self.patch.setattr(planning, "device_budget", lambda *args: budget)
+        self.patch.setattr(self.made, "_mode", lambda device: mode)
+        self.made.plans.clear()
+        return self.made.planned(SHAPE, CPU), self.made.plans[SHAPE].seconds()
 
 
 @pytest.fixture(params=[False, True], ids=["", "offload"])
 def planner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Planner:
-    made: list[passes.Passes] = []
+    made: list[planning.Planner] = []
 
-    def noted(*args: Any) -> passes.Passes:
-        made.append(passes.Passes(*args))
+    def noted(*args: Any) -> planning.Planner:
+        made.append(planning.Planner(*args))
         return made[-1]
 
-    monkeypatch.setattr(layer_programs, "Passes", noted)
+    monkeypatch.setattr(layer_programs, "Planner", noted)
     switched_on(adapted(quantised(make_model("llama", **WHOLE_BLOCKS))))
     monkeypatch.setattr(made[0], "_host", lambda: (1 << 40) * request.param)
     return Planner(made[0], monkeypatch)

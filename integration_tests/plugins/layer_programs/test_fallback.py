@@ -14,7 +14,7 @@ from integration_tests.plugins.layer_programs.conftest import Call
 from integration_tests.sameness.architectures import make_batches, make_model
 from sloth_backend.plan import MemoryPlan
 from sloth_plugins.layer_programs.costs import Shape
-from sloth_plugins.layer_programs.passes import Passes
+from sloth_plugins.layer_programs.planner import Planner
 
 LAYERS = 3
 
@@ -96,13 +96,13 @@ def test_every_length_is_planned_while_the_first_layer_runs_as_it_is(monkeypatch
     mine, _ = twins(llama())
     layer_of(mine, 0).mlp.register_forward_hook(lambda *args: None)
     tokens: list[int] = []
-    original = Passes.planned
+    original = Planner.planned
 
-    def noted(self: Passes, shape: Shape, device: torch.device) -> MemoryPlan:
+    def noted(self: Planner, shape: Shape, device: torch.device) -> MemoryPlan:
         tokens.append(shape.tokens)
         return original(self, shape, device)
 
-    monkeypatch.setattr(Passes, "planned", noted)
+    monkeypatch.setattr(Planner, "planned", noted)
     train(mine, [*make_batches(1, length=17), *make_batches(1, length=40)], use_cache=False)
     assert tokens == [2 * 17, 2 * 40]
 

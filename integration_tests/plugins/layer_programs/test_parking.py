@@ -11,7 +11,7 @@ from integration_tests.plugins import offloading
 from integration_tests.plugins.lazy_device import LazyDevice, make_rings, ring_of
 from sloth_backend.plan import Costs, Level, MemoryPlan
 from sloth_kernels import program
-from sloth_plugins.layer_programs import costs, passes
+from sloth_plugins.layer_programs import costs, passes, planner
 
 BATCHES = [offloading.batch(12, seed=seed) for seed in range(2)]
 
@@ -24,11 +24,12 @@ class Parking:
         self.rings = make_rings(self.device, min_bytes=1)
         original = passes.Passes.__init__
 
-        def with_rings(this: Any, model: Any, run: Any, layers: Any, cache: Any, rings: Any, *rest: Any) -> None:
-            original(this, model, run, layers, cache, self.rings, *rest)
+        def with_rings(this: Any, model: Any, layers: Any, planner: Any, cache: Any, rings: Any) -> None:
+            planner.offloads = True
+            original(this, model, layers, planner, cache, self.rings)
 
         monkeypatch.setattr(passes.Passes, "__init__", with_rings)
-        monkeypatch.setattr(passes.plans, "choose", self.choose)
+        monkeypatch.setattr(planner.plans, "choose", self.choose)
         monkeypatch.setattr(costs, "MIN_BYTES", 1)
 
     def choose(self, of: Costs, *_: Any) -> MemoryPlan:
@@ -61,12 +62,12 @@ def test_levels_send_away_all_that_they_keep() -> None:
     """Where that is worth a copy."""
     model = sloth_backend.optimize(offloading.make_lora(), config={"print_report": False})
     seen: list[tuple[Level, ...]] = []
-    original = passes.levels_of
+    original = planner.levels_of
     try:
-        passes.levels_of = lambda estimates: seen.append(original(estimates)) or seen[-1]  # type: ignore[func-returns-value]
+        planner.levels_of = lambda estimates: seen.append(original(estimates)) or seen[-1]  # type: ignore[func-returns-value]
         model(**offloading.batch(64, rows=512)).loss.backward()
     finally:
-        passes.levels_of = original
+        planner.levels_of = original
     away = [level for level in seen[0] if level.offloaded - {"x"}]
     assert away
     for level in away:

@@ -12,19 +12,19 @@ import json, sys
 import torch.distributed as dist
 from integration_tests.plugins.layer_programs.common import llama, plans_of, switched_on, train
 from integration_tests.sameness.architectures import make_batches
-from sloth_plugins.layer_programs import passes
+from sloth_plugins.layer_programs import planner
 
 rank, budgets, lengths = int(sys.argv[1]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-passes.device_budget = lambda device, config: budgets[rank]
-planned, plans = passes.Passes.planned, {}
+planner.device_budget = lambda device, config: budgets[rank]
+planned, plans = planner.Planner.planned, {}
 
 def noted(self, shape, device):
     plan = planned(self, shape, device)
     plans[shape.length] = [plan.budget_bytes, [sorted(level.kept) for level in plan.levels]]
     return plan
 
-passes.Passes.planned = noted
+planner.Planner.planned = noted
 model = switched_on(llama()).train()
 for length in lengths[rank]:
     train(model, make_batches(1, length=length))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -94,16 +95,19 @@ def joined(parts: Sequence[Rows]) -> Rows:
 
 
 def divided(rows: Rows, count: int) -> list[Rows]:
-    """``rows`` in at most ``count`` parts of about as many tokens, no document cut in two, in the order they have."""
-    target, parts = rows.tokens / count, []
-    first = begin = end = 0
-    for i, length in enumerate(rows.lengths, 1):
-        end += length
-        if end >= target * (len(parts) + 1) - length / 2 or i == len(rows.lengths):
-            documents = rows.lengths[first:i]
-            parts.append(Rows(rows.input_ids[begin:end], rows.labels[begin:end], documents, end - begin))
-            first, begin = i, end
-    return parts[: count - 1] + ([joined(parts[count - 1 :])] if len(parts) >= count else [])
+    """``rows`` in at most ``count`` parts of about as many tokens, no document cut in two, in the order they have.
+
+    A document goes where its middle is, so that no part is longer than its share and the longest document.
+    """
+    ends = list(accumulate(rows.lengths, initial=0))
+    middles = [(begin + end) / 2 for begin, end in pairwise(ends)]
+    parts = []
+    for _, numbers in groupby(range(len(middles)), key=lambda i: int(middles[i] * count / rows.tokens)):
+        first, *_, last = [*numbers] * 2
+        begin, end = ends[first], ends[last + 1]
+        documents = rows.lengths[first : last + 1]
+        parts.append(Rows(rows.input_ids[begin:end], rows.labels[begin:end], documents, end - begin))
+    return parts
 
 
 def positions(lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
 """Layer programs: a decoder layer that can be taken apart runs as one function that keeps what the memory plan says.
 
 ``layouts`` is what is known of layers, ``assemble`` builds programs from it, ``probe`` asks the model whether they are
-right, ``layer``, ``costs`` and ``head`` say what they cost, ``passes`` plans and runs them, ``given`` reads a plan that
-another plugin made. docs/memory-plan.md tells the whole.
+right, ``layer``, ``costs`` and ``head`` say what they cost, ``planner`` plans and ``passes`` runs them, ``given`` reads
+a plan that another plugin made. docs/memory-plan.md tells the whole.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from sloth_plugins.layer_programs.assemble import Assembler, LayerProgram, Misfi
 from sloth_plugins.layer_programs.checkpointing import leave_alone
 from sloth_plugins.layer_programs.given import for_programs
 from sloth_plugins.layer_programs.layer import Layer
-from sloth_plugins.layer_programs.passes import Passes, shared_budget
+from sloth_plugins.layer_programs.passes import Passes
+from sloth_plugins.layer_programs.planner import Planner, shared_budget
 from sloth_plugins.layer_programs.probe import Seen, constants_of, disagreement, evaluating, observe
 from sloth_plugins.offloaded_checkpointing import make_ring
 from sloth_plugins.offloaded_checkpointing.seam import Rings, checkpointed_layers
@@ -114,12 +115,13 @@ def _install(
     """Replace the forwards of the layers and take their checkpointing over."""
     cache = DenseCache([program.groups for program in made.values()])
     offloads = run.config.checkpointing == "offload" and run.device is not None and run.device.type == "cuda"
-    passes = Passes(model, run, layers, cache, Rings(make_ring) if offloads else None, given, budget)
+    planner = Planner(model, run, layers, offloads, given, budget)
+    passes = Passes(model, layers, planner, cache, Rings(make_ring) if offloads else None)
     for index, (layer, program) in enumerate(made.items()):
         forward = _forward(layer, program, passes, index)
         edits.set(layer, "forward", types.MethodType(forward, layer))
         mark(layer, edits)
-    set_planner(model, passes, edits)
+    set_planner(model, planner, edits)
     leave_alone(model, list(made), edits)
     edits.on_undo(lambda: cache.hold(0))
 
