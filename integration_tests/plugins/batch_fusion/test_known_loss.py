@@ -59,3 +59,11 @@ def test_a_failure_comes_when_its_item_is_asked_for() -> None:
     assert [next(ahead) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="row 3"):
         next(ahead)
+
+
+def test_a_loader_that_has_ended_is_not_asked_again() -> None:
+    given: list[int] = []
+    ahead = Ahead(given.append(i) or i for i in range(5))
+    ahead.fetch(9, lambda: len(given) == 3)
+    assert given == [0, 1, 2]
+    assert list(ahead) == [0, 1, 2, 3, 4]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -15,9 +15,13 @@ class Ahead:
         self._fetched: deque[Any] = deque()
         self._failure: Exception | None = None
 
-    def fetch(self, count: int) -> None:
-        """Have ``count`` items at hand, or as many as there are; a failure is kept for when its item is asked for."""
-        while len(self._fetched) < count and self._failure is None:
+    def fetch(self, count: int, ended: Callable[[], bool] = lambda: False) -> None:
+        """Have ``count`` items at hand, or as many as there are; a failure is kept for when its item is asked for.
+
+        ``ended`` says that the last item has been given: loaders that know it are not asked for one more, upon which
+        they would take their leave of the host.
+        """
+        while len(self._fetched) < count and self._failure is None and not ended():
             try:
                 self._fetched.append(next(self.iterator))
             except Exception as failure:

@@ -124,7 +124,8 @@ class Fusion:
         """The next step's batches, where there will be one and nobody saves how far the loader has come."""
         stateful = getattr(trainer.accelerator.dataloader_config, "use_stateful_dataloader", False)
         if self.ahead is not None and not stateful and trainer.state.global_step + 1 < trainer.state.max_steps:
-            self.ahead.fetch(trainer.args.gradient_accumulation_steps)
+            loaders = trainer.accelerator.gradient_state
+            self.ahead.fetch(trainer.args.gradient_accumulation_steps, lambda: loaders.end_of_dataloader)
 
     def _tell(self, reason: str) -> None:
         if reason not in self.told:
