@@ -44,6 +44,7 @@ class SlothConfig:
         accumulation: how the micro-batches of an accumulation step are passed: ``"auto"`` together, without padding,
             where that leaves the host's numbers what they are; ``"fused"`` also where dropout then draws other random
             numbers; ``"host"`` one by one, as the host has them.
+        deterministic: take kernels whose sums come in one order in every run, for the whole process; some are slower.
         heal_tokenizer: mend the tokenizer's faults before the host tokenises.
         fix_embeddings: set embedding rows that pre-training never touched to the mean of the trained rows.
         untrained_threshold: a row is untrained when none of its entries is larger than this in magnitude.
@@ -56,6 +57,7 @@ class SlothConfig:
     memory: Literal["auto", "least", "fastest"] = "auto"
     vram_budget_gb: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
     accumulation: Literal["auto", "fused", "host"] = "auto"
+    deterministic: bool = False
     heal_tokenizer: bool = True
     fix_embeddings: bool = True
     untrained_threshold: float = pydantic.Field(default=1e-16, ge=0)

@@ -34,6 +34,7 @@ BUILTIN = (
     "embedding_fix",
     "step_overhead",
     "layer_programs",
+    "determinism",
 )
 """The plugins that ship with the backend, in the order in which they are registered."""
 

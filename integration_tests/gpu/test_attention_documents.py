@@ -209,3 +209,28 @@ def test_torch_attention_sees_the_mask(dtype: torch.dtype) -> None:
     grads = [torch.autograd.grad(out.sum(), (q, k, v)) for out in (ours, theirs)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_runs_repeat_to_the_bit_where_that_is_asked_for() -> None:
+    """Losses and gradients of a tiny model over ragged documents, five times over."""
+    import sloth_backend
+    from integration_tests import tiny
+    from sloth_kernels.documents import remember
+
+    model: Any = tiny.make_model(tiny.make_tokenizer(), hidden_size=256, num_attention_heads=4).cuda().bfloat16()
+    sloth_backend.optimize(model, config={"deterministic": True, "print_report": False})
+    try:
+        lengths = (300, 7, 129, 64)
+        ids = torch.arange(sum(lengths), device="cuda")[None] % 300
+        at = torch.cat([torch.arange(n, device="cuda") for n in lengths])[None]
+        remember(at, lengths)
+        runs = []
+        for _ in range(5):
+            model.zero_grad()
+            loss = model(input_ids=ids, position_ids=at, labels=ids).loss
+            loss.backward()
+            runs.append([loss.detach().clone(), *(p.grad.clone() for p in model.parameters())])
+        for run in runs[1:]:
+            assert all(map(torch.equal, run, runs[0]))
+    finally:
+        sloth_backend.undo(model)

@@ -189,12 +189,13 @@ def choose(
 ) -> Backend:
     """The first backend of ``PREFERENCE`` that takes the call; the same for all calls of its form.
 
-    Values are not looked at. Raises ``ValueError`` for shapes, dtypes or devices that do not fit one another.
+    Values are not looked at; torch's switch for deterministic algorithms is. Raises ``ValueError`` for shapes, dtypes
+    or devices that do not fit one another.
     """
     form = (
         q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, spec,
         None if mask is None else (mask.shape, mask.dtype, mask.device, mask_form(mask)),
-        None if sinks is None else (sinks.shape, sinks.device),
+        None if sinks is None else (sinks.shape, sinks.device), torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     chosen = _CHOSEN.get(form)
     if chosen is None:
