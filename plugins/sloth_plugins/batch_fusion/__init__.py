@@ -35,7 +35,7 @@ def sloth_patch_trainer(trainer: Any, model: nn.Module, run: Run, edits: Edits) 
     reason = obstacle(trainer, model, run)
     if reason is not None:
         return [Finding("skipped", "micro-batches", reason, CAPABILITY)]
-    Fusion(trainer, Budget(planner_of(model), autocast_of(trainer)), longest_document(model)).install(edits)
+    Fusion(trainer, Budget(planner_of(model), autocast_of(trainer)), longest_document(model.config)).install(edits)
     words = (
         "the rows of an accumulation step pass together, without padding, in as few passes as the memory plan allows"
     )

@@ -39,7 +39,7 @@ def keep_apart(model: Any, edits: Edits) -> Finding:
     reason = _obstacle(model)
     if reason is None:
         decoder = model.get_decoder()
-        hooks = Hooks(decoder, _window(model.config), pads=not drops(model))
+        hooks = Hooks(decoder, longest_document(model.config), pads=not drops(model))
         try:
             reason = _disagreement(decoder, model.get_input_embeddings().weight)
         except Exception as error:
@@ -63,9 +63,10 @@ def kept_apart(model: nn.Module) -> bool:
     return MARK in vars(model)
 
 
-def longest_document(model: Any) -> int | None:
+def longest_document(config: Any) -> int | None:
     """Tokens up to which documents are kept apart by us; None for any."""
-    return _window(model.config)
+    sizes = [size for name in WINDOWS if (size := getattr(config, name, None))]
+    return min(sizes, default=None)
 
 
 def _obstacle(model: Any) -> str | None:
@@ -75,11 +76,6 @@ def _obstacle(model: Any) -> str | None:
     if not isinstance(getattr(model, "get_decoder", lambda: None)(), nn.Module):
         return "the model does not tell its decoder"
     return None
-
-
-def _window(config: Any) -> int | None:
-    sizes = [size for name in WINDOWS if (size := getattr(config, name, None))]
-    return min(sizes, default=None)
 
 
 class Hooks:

@@ -28,6 +28,7 @@ from sloth_plugins.batch_fusion.rows import Rows, UnfitError, divided, joined, p
 log = logging.getLogger(__name__)
 
 LOOP = ("get_batch_samples", "training_step", "compute_loss", "get_train_dataloader")
+"""The trainer's methods that are replaced, and that it may not have written anew."""
 
 
 class Fusion:

@@ -7,11 +7,10 @@ from typing import Any
 
 from sloth_backend.run import Run
 from sloth_plugins.batch_fusion.documents import drops, kept_apart
+from sloth_plugins.batch_fusion.fusion import LOOP
 
-STEP = ("get_batch_samples", "training_step", "compute_loss", "get_train_dataloader")
-"""What a trainer may not have written anew."""
 KNOWN = ("transformers.trainer", "trl.trainer.sft_trainer", "trl.trainer.base_trainer")
-"""Modules whose versions of them add the losses of micro-batches, divided by the tokens of all of them."""
+"""Modules whose versions of ``LOOP`` add the losses of micro-batches, divided by the tokens of all of them."""
 ADDITIVE_LOSSES = ("nll", "chunked_nll")
 PARALLEL = ("NO", "MULTI_GPU", "MULTI_CPU")
 """accelerate's kinds of runs in which a process may pass as often as it likes before the last backward."""
@@ -27,7 +26,7 @@ def _obstacles(trainer: Any, model: Any, run: Run) -> Iterator[str]:
         yield "accumulation='host'"
     if not kept_apart(model):
         yield "rows laid end to end would not be kept apart"
-    for name in STEP:
+    for name in LOOP:
         owner = next((kind for kind in type(trainer).__mro__ if name in vars(kind)), None)
         if owner is not None and owner.__module__ not in KNOWN:
             yield f"{owner.__name__} has a {name} of its own"

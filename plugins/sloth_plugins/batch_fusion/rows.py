@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sloth_kernels.documents import documents_of
+
 IGNORED = -100
 """A label that no loss counts."""
 USED = frozenset({"input_ids", "labels", "attention_mask", "position_ids"})
@@ -80,12 +82,10 @@ def _documents(ids: Tensor, positions: Tensor | None) -> tuple[int, ...]:
     rows, length = ids.shape
     if positions is None:
         return (length,) * rows
-    starts = positions[:, 1:] != positions[:, :-1] + 1
-    starts = torch.cat([starts.new_ones(rows, 1), starts], 1).reshape(-1)
-    begin = starts.nonzero().reshape(-1)
-    if positions.reshape(-1)[begin].any():
+    lengths = tuple(n for row in positions.split(1) for n in documents_of(row).lengths)
+    if positions.reshape(-1)[list(accumulate(lengths[:-1], initial=0))].any():
         raise UnfitError("its positions do not start at 0")
-    return tuple(torch.diff(begin, append=begin.new_tensor([ids.numel()])).tolist())
+    return lengths
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
