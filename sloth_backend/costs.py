@@ -16,7 +16,8 @@ class Level:
         name: what it keeps, in words: ``"keep"``, ``"keep without norms"``, ``"recompute"``, ``"offload"``...
         kept: the values that stay on the device between forward and backward.
         offloaded: the values that wait in pinned host memory.
-        device_bytes: bytes held on the device between the layer's forward and backward.
+        device_bytes: bytes held on the device between the layer's forward and backward, less what only comes into being
+            with its backward though it is counted as fixed.
         host_bytes: bytes of pinned host memory held in that time.
         seconds: time it takes beyond the layer's fastest level, forward and backward together.
         working_bytes: further bytes on the device while the layer's backward runs: recomputed values, gradients, and

@@ -98,7 +98,7 @@ def test_ways_that_cannot_be_cheaper_are_not_planned() -> None:
     class Host(Prices):
         least_seconds = 1.0
 
-        def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None) -> float | None:
+        def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None, alone: bool) -> float | None:
             asked.append(tokens)
             return 1.5
 
@@ -115,7 +115,7 @@ class Prices:
     def __init__(self, free: int, limit: int, saves_memory: bool = False) -> None:
         self.free, self.limit, self.saves_memory = free, limit, saves_memory
 
-    def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None) -> float | None:
+    def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None, alone: bool) -> float | None:
         return None if tokens > self.limit else float(max(0, tokens - self.free))
 
 

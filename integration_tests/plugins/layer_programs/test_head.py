@@ -12,11 +12,13 @@ from torch import nn
 
 from integration_tests import tiny
 from integration_tests.plugins.layer_programs.common import switched_on
+from integration_tests.sameness.architectures import make_batches
 from sloth_plugins.layer_programs import head
 from sloth_plugins.layer_programs.head import LOSS_TILES, TRAINED_TILES, LossTile
 from sloth_plugins.layer_programs.layer import documents_shape
 from sloth_plugins.program_layers import planner_of
 
+CPU = torch.device("cpu")
 VOCABULARY, HIDDEN, TOKENS = 128_256, 2048, 4096
 DW = 2 * VOCABULARY * HIDDEN
 LOGITS = 2 * VOCABULARY * TOKENS
@@ -80,6 +82,28 @@ def test_passes_of_documents_have_few_shapes(tokens: int, longest: int) -> None:
 def test_a_pass_costs_at_least_what_the_host_needs_and_grows_with_its_tokens() -> None:
     model = tiny.make_model(tiny.make_tokenizer())
     planner = planner_of(switched_on(model))
-    seconds = [planner.pass_seconds(tokens, 256, None) for tokens in (256, 1024, 1 << 24, 1 << 26)]
+    seconds = [planner.pass_seconds(tokens, 256, None, alone=False) for tokens in (256, 1024, 1 << 24, 1 << 26)]
     assert seconds[0] == seconds[1] == planner.least_seconds
     assert seconds[1] < seconds[2] < seconds[3]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_pass_that_is_all_of_its_step_has_no_gradients_before_its_backward(tied: bool) -> None:
+    model = tiny.make_model(tiny.make_tokenizer(), tie_word_embeddings=tied).requires_grad_(True)
+    planner = planner_of(switched_on(model))
+    shapes = [documents_shape(4096, 256, None, alone) for alone in (False, True)]
+    peaks = [planner.planned(shape, CPU).predicted_peak_bytes for shape in shapes]
+    gradients = sum(p.nbytes for p in model.parameters())
+    assert 0.9 * gradients < peaks[0] - peaks[1] <= gradients
+
+
+def test_a_pass_is_alone_where_steps_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.make_model(tiny.make_tokenizer())
+    planner, seen = planner_of(switched_on(model)), []
+    original = planner.planned
+    monkeypatch.setattr(planner, "planned", lambda shape, device: seen.append(shape.alone) or original(shape, device))
+    for passes in (1, 3, 1, 1):
+        for batch in make_batches(passes, 2, 16):
+            model(**batch).loss.backward()
+        model.zero_grad()
+    assert seen == [True, True, False, False, False, True]

@@ -19,8 +19,8 @@ class Planner(Protocol):
     least_seconds: float
     """No pass takes less."""
 
-    def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None) -> float | None:
-        """Seconds that such a pass takes; None where it does not fit."""
+    def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None, alone: bool) -> float | None:
+        """Seconds that such a pass takes, ``alone`` in its step or one of several; None where it does not fit."""
         ...
 
 
@@ -53,7 +53,8 @@ class Budget:
 
     def _cost(self, way: Sequence[Rows]) -> float:
         assert self.planner is not None
-        seconds = [self.planner.pass_seconds(rows.tokens, max(rows.lengths), self.autocast) for rows in way]
+        alone = len(way) == 1
+        seconds = [self.planner.pass_seconds(rows.tokens, max(rows.lengths), self.autocast, alone) for rows in way]
         return math.inf if None in seconds else sum(s for s in seconds if s is not None)
 
 

@@ -61,6 +61,8 @@ class Shape(NamedTuple):
     length: int
     autocast: torch.dtype | None = None
     """What autocast computes in around it; None where it is off."""
+    alone: bool = False
+    """Whether it is all of its step: no gradient of an earlier pass is there when it begins."""
 
 
 class StageCost(NamedTuple):
@@ -79,7 +81,8 @@ class Estimate:
         widths: bytes a token of each of its values.
         shape: of the pass.
         parkable: those of its values that may wait in host memory.
-        gradient_bytes: of its operands, which autograd adds to those of earlier passes when its backward is over.
+        gradient_bytes: of its operands, which autograd adds to those of earlier passes when its backward is over. A
+            pass that is alone has none until then, though they count among the fixed bytes.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Estimate:
         gradient_bytes: int = 0,
     ) -> None:
         self.program, self.gradient_bytes = program, gradient_bytes
+        self.still_free = gradient_bytes if shape.alone else 0
         self.size = {name: int(width * shape.tokens) for name, width in widths.items()}
         self.root = {name: stage.reads[0] for stage in program.stages if stage.views for name in stage.writes}  # type: ignore[attr-defined]
         costs = [self._stage(stage, widths, shape) for stage in program.stages]
@@ -151,7 +155,7 @@ class Estimate:
             name=self._name(kept, away),
             kept=kept,
             offloaded=away,
-            device_bytes=self.held(kept - away) + (0 if INPUT in away else self.size[INPUT]),
+            device_bytes=self.held(kept - away) + (0 if INPUT in away else self.size[INPUT]) - self.still_free,
             host_bytes=moved,
             seconds=seconds,
             # Its own input is back, and what comes next is on its way.

@@ -46,6 +46,16 @@ def cost(head: Any, hidden_bytes: int, tokens: int, tile: LossTile) -> tuple[int
     return 4 * hidden_bytes + held, seconds + ROUNDING_SECONDS * (tile.rounded_sums and several)
 
 
+def still_free(model: Any) -> tuple[int, int]:
+    """Bytes of the gradients of the embedding, and of a head that is not tied to it, before backward has made them."""
+    if model is None or (embedding := model.get_input_embeddings()) is None:
+        return 0, 0
+    head = model.get_output_embeddings()
+    weights = embedding.weight, head.weight if head is not None and head.weight is not embedding.weight else None
+    first, second = (weight.nbytes if weight is not None and weight.requires_grad else 0 for weight in weights)
+    return first, second
+
+
 def waiting_bytes(model: Any) -> int:
     """Bytes of a trained head's gradient that wait through all of backward, where the head is tied to the embedding.
 

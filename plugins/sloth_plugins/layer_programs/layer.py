@@ -46,16 +46,16 @@ class Layer:
         return Estimate(program, self.widths, shape, self.parkable, self.gradient_bytes)
 
 
-def shape_of(x: torch.Tensor, mask: torch.Tensor | None) -> Shape:
+def shape_of(x: torch.Tensor, mask: torch.Tensor | None, alone: bool = False) -> Shape:
     """Of a pass with the input x (B, S, H). That of documents, which differ from pass to pass, is rounded up."""
     autocast = autocast_dtype(x)
     if isinstance(mask, DocumentMask):
-        return documents_shape(mask.documents.tokens, mask.documents.longest, autocast)
-    return Shape(x.shape[:-1].numel(), x.shape[-2], autocast)
+        return documents_shape(mask.documents.tokens, mask.documents.longest, autocast, alone)
+    return Shape(x.shape[:-1].numel(), x.shape[-2], autocast, alone)
 
 
-def documents_shape(tokens: int, longest: int, autocast: torch.dtype | None) -> Shape:
+def documents_shape(tokens: int, longest: int, autocast: torch.dtype | None, alone: bool = False) -> Shape:
     """Of a pass of documents, its tokens at most an eighth too many where they are many: few shapes, few plans."""
     step = max(256, 1 << tokens.bit_length() >> 4)
     tokens = -(-tokens // step) * step
-    return Shape(tokens, min(tokens, 1 << (longest - 1).bit_length()), autocast)
+    return Shape(tokens, min(tokens, 1 << (longest - 1).bit_length()), autocast, alone)

@@ -60,6 +60,8 @@ class Passes:
         self.seen = -1
         """The same with passes without gradients."""
         self.count = 0
+        self.began = True
+        """Whether the last pass began a step; a pass that begins one is taken to be all of it if the last did too."""
 
     def run_layer(self, index: int, x: torch.Tensor, constants: Mapping[str, Any]) -> torch.Tensor:
         """The output of layer ``index`` for its input (B, S, H)."""
@@ -82,7 +84,8 @@ class Passes:
         return y
 
     def _begin(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
-        shape = shape_of(x, mask)
+        began = self.planner.begins_a_step()
+        shape, self.began = shape_of(x, mask, alone=began and self.began), began
         self.plan, self.shape = self.planner.planned(shape, x.device), shape
         self.cache.hold(self.plan.cached_layers)
         away = [len(level.offloaded) for level in self.plan.levels]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,11 +26,8 @@ from sloth_plugins.layer_programs.probe import evaluating
 
 log = logging.getLogger("sloth_backend")
 
-PASS_SECONDS, LAYER_SECONDS = 2e-3, 2e-3
+PASS_SECONDS, LAYER_SECONDS = 6e-3, 2e-3
 """What a pass costs the host by itself, and each of its layers, forward and backward: no pass is faster than that."""
-UNCACHED = 0.05
-"""What the part of a pass that does not fit in the device's cache costs more: kernels that read what the one before
-wrote find it in memory."""
 
 
 def shared_budget(run: Run) -> int | None:
@@ -95,6 +92,7 @@ class Planner:
             for tile in head.tiles_of(self._head()):
                 hidden = int(self.traced[shape.autocast][-1].widths[INPUT] * shape.tokens)
                 held, seconds = head.cost(self._head(), hidden, shape.tokens, tile)
+                held -= head.still_free(self.model())[1] if shape.alone else 0
                 costs = replace(layers, head_bytes=held)
                 plan = self._choose(costs, shape, budget, device)
                 if trailing := _trailing_bytes(plan):
@@ -104,26 +102,24 @@ class Planner:
             self.plans[shape] = min(candidates, key=self._merit(device))
         return self.plans[shape].plan
 
-    def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None) -> float | None:
+    def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None, alone: bool) -> float | None:
         """Seconds that a pass of documents takes, forward and backward; None where no plan of it fits."""
         device = self.layers[0].x.device
-        shape = documents_shape(tokens, longest, autocast)
+        shape = documents_shape(tokens, longest, autocast, alone)
         if not self.planned(shape, device).fits:
             return None
         if shape not in self.seconds:
-            self.seconds[shape] = self._seconds(shape, device)
+            self.seconds[shape] = self._seconds(shape)
         return self.seconds[shape]
 
-    def _seconds(self, shape: Shape, device: torch.device) -> float:
+    def _seconds(self, shape: Shape) -> float:
         layers = self.traced[shape.autocast]
         alone = {layer.key: sum(layer.estimates(shape)[0].seconds) for layer in {id(at): at for at in layers}.values()}
-        hidden = layers[0].widths[INPUT] * shape.tokens
-        spilled = 1 - min(1.0, _cache_bytes(device) / hidden)
         sizes = [(p.nbytes, p.requires_grad) for p in self._parameters()]
         trained = sum(size for size, trains in sizes if trains)
         # Backward has as many products as forward, and one more for each weight that trains.
         both_ways = 2 + trained / max(1, sum(size for size, _ in sizes))
-        computing = both_ways * sum(alone[layer.key] for layer in layers) * (1 + UNCACHED * spilled)
+        computing = both_ways * sum(alone[layer.key] for layer in layers)
         # Gradients are read, added to and written.
         computing += self.plans[shape].seconds() + 3 * trained / BYTES
         return max(PASS_SECONDS + computing, self.least_seconds)
@@ -133,9 +129,14 @@ class Planner:
         """What a pass costs the host."""
         return PASS_SECONDS + LAYER_SECONDS * len(self.layers)
 
-    def _parameters(self) -> Sequence[torch.nn.Parameter]:
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
         model = self.model()
-        return list(model.parameters()) if model is not None else []
+        return model.parameters() if model is not None else iter(())
+
+    def begins_a_step(self) -> bool:
+        """Whether no pass has left gradients."""
+        trained = next((p for p in self._parameters() if p.requires_grad), None)
+        return trained is None or trained.grad is None
 
     @property
     def saves_memory(self) -> bool:
@@ -214,7 +215,7 @@ class Planner:
         return Costs(
             tokens=shape.tokens,
             layers=tuple(known[layer.key][0] for layer in layers),
-            fixed_bytes=self._fixed(device),
+            fixed_bytes=self._fixed(device) - (head.still_free(self.model())[0] if shape.alone else 0),
             head_bytes=0,
             forward_bytes=max(forward for _, forward in known.values()),
             # Made twice a pass.
@@ -253,11 +254,6 @@ class Planner:
         if mode == "auto" and device.type != "cuda" and self.run.gradient_checkpointing:
             return "least"
         return mode
-
-
-def _cache_bytes(device: torch.device) -> int:
-    """Of the device's last cache; as if endless where it does not say."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1 << 62
 
 
 def _trailing_bytes(plan: MemoryPlan) -> int:
