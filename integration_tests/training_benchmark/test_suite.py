@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -279,7 +280,18 @@ def test_a_profile_traces_one_step(name: str, written: Path, tmp_path: Path) -> 
     assert sums["step_seconds"] == pytest.approx(tracer.seconds)
     assert tracer.seconds > 0
     assert (sums["idle_share"], sums["launches"]) == (1, 0)
+    assert ("batch_seconds" in sums) == (workload.loop == "trainer")
+    assert 0 <= sums.get("batch_seconds", 0) < tracer.seconds
     assert "| phase |" in (tmp_path / "profile-stock.md").read_text()
+
+
+def test_a_stopwatch_counts_what_is_nested_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(profile_step.time, "perf_counter", lambda: next(ticks))
+    watch = profile_step.Stopwatch()
+    inner = watch.around(lambda: None)
+    watch.around(lambda: (inner(), inner()))()
+    assert watch.seconds == 3  # from reading 0 to 3; those of the inner calls lie between
 
 
 def test_alpaca_s_lengths() -> None:

@@ -93,11 +93,19 @@ def summarise(events: list[Event], span_microseconds: float) -> dict[str, Any]:
     }
 
 
+def _batches(profile: dict[str, Any]) -> str:
+    if (seconds := profile.get("batch_seconds")) is None:
+        return ""
+    return (
+        f" Making batches takes the host {seconds * 1e3:.1f} ms, {seconds / profile['step_seconds']:.1%} of the step."
+    )
+
+
 def table(profile: dict[str, Any]) -> str:
     """A summary in Markdown."""
     lines = [
         f"One step of {profile['step_seconds']:.3f} s: the GPU is busy for {profile['busy_seconds']:.3f} s "
-        f"(idle {profile['idle_share']:.1%}) with {profile['launches']:,} kernels and copies.",
+        f"(idle {profile['idle_share']:.1%}) with {profile['launches']:,} kernels and copies.{_batches(profile)}",
         "",
         "| phase | forward ms | backward ms | of the step | launches |",
         "|---|--:|--:|--:|--:|",

@@ -1,7 +1,8 @@
 """Where the time of one step goes on a CUDA GPU: kernel time by phase, forward and backward apart, and the idle share.
 
 Trains a contender until the clock has settled, traces one step (kernels only, so that the host is hardly slower), and
-writes DIR/profile-CONTENDER-WORKLOAD.json and .md. The step's time is that of a step beside it without the tracer.
+writes DIR/profile-CONTENDER-WORKLOAD.json and .md. The step's time is that of a step beside it without the tracer, from
+the end of the one before it to its own; a trainer's says what of it went into making batches.
 
 usage: python -m integration_tests.benchmarks.training.profile_step CONTENDER WORKLOAD --out DIR [--model FOLDER]
            [--point 1x65536]
@@ -27,6 +28,28 @@ STEPS = WARMUP + 2
 """The last step but one is timed without the tracer, the last is traced."""
 
 
+class Stopwatch:
+    """Sums the seconds inside functions, those that one calls within another counted once."""
+
+    def __init__(self) -> None:
+        self.seconds, self.inside, self.used = 0.0, 0, False
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, timed."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.used = True
+            self.inside += 1
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside -= 1
+                self.seconds += 0.0 if self.inside else time.perf_counter() - start
+
+        return timed
+
+
 class Tracer:
     """Times the last step but one and traces the last; ``begin`` and ``end`` stand around every step."""
 
@@ -39,14 +62,15 @@ class Tracer:
         self.step = 0
         self.start = 0.0
         self.seconds = 0.0
+        self.batches = Stopwatch()
+        self.batch_seconds: float | None = None
         activity = ProfilerActivity.CUDA if loading.device().type == "cuda" else ProfilerActivity.CPU
         self.profiler: Any = profile(activities=[activity])
 
     def begin(self) -> None:
         """Before a step."""
-        self.wait()
-        self.start = time.perf_counter()
         if self.step == STEPS - 1:
+            self.wait()
             self.profiler.start()
 
     def end(self) -> None:
@@ -54,9 +78,11 @@ class Tracer:
         self.wait()
         if self.step == STEPS - 2:
             self.seconds = time.perf_counter() - self.start
+            self.batch_seconds = self.batches.seconds if self.batches.used else None
         if self.step == STEPS - 1:
             self.profiler.stop()
         self.step += 1
+        self.start, self.batches.seconds = time.perf_counter(), 0.0
 
     def events(self) -> list[dict[str, Any]]:
         """Of the traced step."""
@@ -83,6 +109,8 @@ def trace_trainer(name: str, workload: workloads.Workload, folder: Path, point: 
 
     trainer, _ = trainer_runs.make_trainer(CONTENDERS[name], workload, folder, point)
     trainer.add_callback(Around())
+    for method in ("data_collator", "get_batch_samples"):
+        setattr(trainer, method, tracer.batches.around(getattr(trainer, method)))
     trainer.train()
     return tracer
 
@@ -130,6 +158,8 @@ def main() -> None:
 def write(folder: Path, name: str, tracer: Tracer) -> None:
     """The sums as JSON and as a table."""
     sums = kernel_phases.summarise(tracer.events(), tracer.seconds * 1e6)
+    if tracer.batch_seconds is not None:
+        sums["batch_seconds"] = tracer.batch_seconds
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(sums, indent=1) + "\n")
     text = f"# Where one step goes: {name.removeprefix('profile-')}\n\n{kernel_phases.table(sums)}"
