@@ -117,6 +117,10 @@ class Estimate:
         seconds = stage.flops(shape.tokens, shape.length, widths) / FLOPS + traffic / BYTES
         return StageCost(seconds, stage.workspace(shape.tokens, widths, shape.autocast), 0.0)
 
+    def fastest(self) -> Level:
+        """Everything of use is kept."""
+        return self.level(self.program.savable, frozenset())
+
     def levels(self) -> tuple[Level, ...]:
         """From keeping everything of use to keeping nothing, each step giving up what is cheapest to have again."""
         kept, chain = self.program.savable, []

@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from sloth_backend.run import Run
 from sloth_kernels.linears import DENSE_TRAFFIC
 from sloth_kernels.program import INPUT
 from sloth_plugins.layer_programs import head
-from sloth_plugins.layer_programs.costs import BYTES, Shape, levels_of
+from sloth_plugins.layer_programs.costs import BYTES, Estimate, Shape, levels_of
 from sloth_plugins.layer_programs.head import LossTile
 from sloth_plugins.layer_programs.layer import Layer, documents_shape
 from sloth_plugins.layer_programs.probe import evaluating
@@ -87,20 +88,37 @@ class Planner:
         """The plan for passes of ``shape``."""
         if shape not in self.plans:
             self._trace(shape.autocast, device)
-            budget, layers = self._budget(device), self._costs(shape, device)
-            candidates = []
-            for tile in head.tiles_of(self._head()):
-                hidden = int(self.traced[shape.autocast][-1].widths[INPUT] * shape.tokens)
-                held, seconds = head.cost(self._head(), hidden, shape.tokens, tile)
-                held -= head.still_free(self.model())[1] if shape.alone else 0
-                costs = replace(layers, head_bytes=held)
-                plan = self._choose(costs, shape, budget, device)
-                if trailing := _trailing_bytes(plan):
-                    costs = replace(costs, head_bytes=held + trailing)
-                    plan = self._choose(costs, shape, budget, device)
-                candidates.append(Chosen(plan, costs, tile, seconds))
-            self.plans[shape] = min(candidates, key=self._merit(device))
+            self.plans[shape] = self._all_kept(shape, device) or self._weighed(shape, device)
         return self.plans[shape].plan
+
+    def _all_kept(self, shape: Shape, device: torch.device) -> Chosen | None:
+        """The plan that keeps everything, where it fits: it is found without weighing it against any other.
+
+        New shapes come while the device waits for work, most often where there is memory to spare.
+        """
+        if self.given is not None or self._mode(device) == "least":
+            return None
+        costs = self._costs(shape, device, lambda estimates: (estimates[0].fastest(),))
+        chosen = self._candidate(shape, device, costs, head.tiles_of(self._head())[0])
+        return chosen if chosen.plan.fits and chosen.plan.cached_layers in (0, len(self.layers)) else None
+
+    def _weighed(self, shape: Shape, device: torch.device) -> Chosen:
+        """The best plan of all."""
+        costs = self._costs(shape, device, levels_of)
+        candidates = [self._candidate(shape, device, costs, tile) for tile in head.tiles_of(self._head())]
+        return min(candidates, key=self._merit(device))
+
+    def _candidate(self, shape: Shape, device: torch.device, layers: Costs, tile: LossTile) -> Chosen:
+        """The best plan for a loss in tiles of one size."""
+        hidden = int(self.traced[shape.autocast][-1].widths[INPUT] * shape.tokens)
+        held, seconds = head.cost(self._head(), hidden, shape.tokens, tile)
+        held -= head.still_free(self.model())[1] if shape.alone else 0
+        costs, budget = replace(layers, head_bytes=held), self._budget(device)
+        plan = self._choose(costs, shape, budget, device)
+        if trailing := _trailing_bytes(plan):
+            costs = replace(costs, head_bytes=held + trailing)
+            plan = self._choose(costs, shape, budget, device)
+        return Chosen(plan, costs, tile, seconds)
 
     def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None, alone: bool) -> float | None:
         """Seconds that a pass of documents takes, forward and backward; None where no plan of it fits."""
@@ -114,11 +132,10 @@ class Planner:
 
     def _seconds(self, shape: Shape) -> float:
         layers = self.traced[shape.autocast]
-        alone = {layer.key: sum(layer.estimates(shape)[0].seconds) for layer in {id(at): at for at in layers}.values()}
-        sizes = [(p.nbytes, p.requires_grad) for p in self._parameters()]
-        trained = sum(size for size, trains in sizes if trains)
+        alone = {key: sum(layer.estimates(shape)[0].seconds) for key, layer in _kinds(layers).items()}
+        trained, every = self._parameter_bytes
         # Backward has as many products as forward, and one more for each weight that trains.
-        both_ways = 2 + trained / max(1, sum(size for size, _ in sizes))
+        both_ways = 2 + trained / max(1, every)
         computing = both_ways * sum(alone[layer.key] for layer in layers)
         # Gradients are read, added to and written.
         computing += self.plans[shape].seconds() + 3 * trained / BYTES
@@ -128,6 +145,12 @@ class Planner:
     def least_seconds(self) -> float:
         """What a pass costs the host."""
         return PASS_SECONDS + LAYER_SECONDS * len(self.layers)
+
+    @cached_property
+    def _parameter_bytes(self) -> tuple[int, int]:
+        """Of the parameters that train, and of all."""
+        sizes = [(p.nbytes, p.requires_grad) for p in self._parameters()]
+        return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
     def _parameters(self) -> Iterator[torch.nn.Parameter]:
         model = self.model()
@@ -177,10 +200,14 @@ class Planner:
         Nothing changes where ``plan`` is no longer the one of that shape.
         """
         chosen = self.plans[shape]
-        tighter = chosen.plan.tighter(chosen.costs, self._host()) if chosen.plan is plan else None
+        if chosen.plan is not plan:
+            return None
+        costs = self._costs(shape, self.layers[0].x.device, levels_of)
+        costs = replace(costs, head_bytes=chosen.costs.head_bytes)
+        tighter = plan.tighter(costs, self._host())
         if tighter is not None:
             self.limit, self.given = tighter.budget_bytes, None
-            self.plans, self.seconds = {shape: chosen._replace(plan=tighter)}, {}
+            self.plans, self.seconds = {shape: chosen._replace(plan=tighter, costs=costs)}, {}
         return tighter
 
     # What it costs ----------------------------------------------------------------------------------------------
@@ -203,14 +230,16 @@ class Planner:
             known = {layer.key: layer for layer in self.layers}
         self.traced[autocast] = [known[layer.key] for layer in self.layers]
 
-    def _costs(self, shape: Shape, device: torch.device) -> Costs:
+    def _costs(
+        self, shape: Shape, device: torch.device, levels: Callable[[Sequence[Estimate]], Sequence[Level]]
+    ) -> Costs:
+        """What a pass costs; ``levels`` says which of a layer there are to choose from. The head's bytes are 0."""
         known: dict[Any, tuple[tuple[Level, ...], int]] = {}
         layers, waiting = self.traced[shape.autocast], head.waiting_bytes(self.model())
-        for layer in layers:
-            if layer.key not in known:
-                estimates = layer.estimates(shape)
-                levels = [replace(lv, working_bytes=lv.working_bytes + waiting) for lv in levels_of(estimates)]
-                known[layer.key] = tuple(levels), estimates[0].forward_bytes()
+        for key, layer in _kinds(layers).items():
+            estimates = layer.estimates(shape)
+            offered = [replace(lv, working_bytes=lv.working_bytes + waiting) for lv in levels(estimates)]
+            known[key] = tuple(offered), estimates[0].forward_bytes()
         dense = tuple(layer.dense_bytes for layer in layers)
         return Costs(
             tokens=shape.tokens,
@@ -254,6 +283,11 @@ class Planner:
         if mode == "auto" and device.type != "cuda" and self.run.gradient_checkpointing:
             return "least"
         return mode
+
+
+def _kinds(layers: Sequence[Layer]) -> dict[Any, Layer]:
+    """One of the layers of each kind."""
+    return {layer.key: layer for layer in {id(layer): layer for layer in layers}.values()}
 
 
 def _trailing_bytes(plan: MemoryPlan) -> int:
