@@ -35,6 +35,7 @@ BUILTIN = (
     "step_overhead",
     "layer_programs",
     "determinism",
+    "allocator",
 )
 """The plugins that ship with the backend, in the order in which they are registered."""
 
