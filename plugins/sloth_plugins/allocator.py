@@ -29,7 +29,7 @@ def sloth_patch_model(run: Run, edits: Edits) -> list[Finding]:
         return []
     if reason := _obstacle():
         return [Finding("skipped", SETTING, reason, CAPABILITY)]
-    current = C._accelerator_getAllocatorSettings()
+    current = _current()
     if f"{SETTING}:True" in current:
         return []
     edits.on_undo(lambda: C._accelerator_setAllocatorSettings(_joined(current, f"{SETTING}:False")))
@@ -44,6 +44,13 @@ def _obstacle() -> str | None:
     if not hasattr(C, "_accelerator_setAllocatorSettings") or torch.version.hip is not None:
         return "this PyTorch has no such setting that can be changed while it runs"
     return None
+
+
+def _current() -> str:
+    """The settings in force; PyTorch 2.11 tells only those that the process was started with."""
+    if hasattr(C, "_accelerator_getAllocatorSettings"):
+        return C._accelerator_getAllocatorSettings()
+    return next(filter(None, (os.environ.get(name) for name in VARIABLES)), "")
 
 
 def _joined(current: str, setting: str) -> str:
