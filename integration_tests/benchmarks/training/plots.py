@@ -68,7 +68,7 @@ def _group(axis: Any, at: int, rows: list[Figures], pick: Pick) -> None:
 
 
 def draw_growth(target: Path, rows: list[Figures], coordinate: int, label: str) -> Path:
-    """Tokens a second and peak GiB over one coordinate of the points (0: batch, 1: length), both axes logarithmic."""
+    """Tokens a second, from 0 on, and peak GiB, in doublings, over one coordinate of the points (0: batch, 1: length)."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
     for axis, pick, what in zip(
         axes, (lambda f: f.tokens_per_second, lambda f: f.peak_gib), ("tokens a second", "peak GiB"), strict=True
@@ -78,7 +78,10 @@ def draw_growth(target: Path, rows: list[Figures], coordinate: int, label: str) 
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", color=CONTENDERS[name].colour)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
+        if what == "peak GiB":
+            axis.set_yscale("log", base=2)
+        else:
+            axis.set_ylim(bottom=0)
         ticks = sorted({f.point[coordinate] for f in rows})
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8, minor=False)
         axis.yaxis.set_major_formatter("{x:,g}")

@@ -23,9 +23,8 @@ from integration_tests.benchmarks.training.contenders import CONTENDERS
 from integration_tests.benchmarks.training.measure import parse_points
 from integration_tests.benchmarks.training.workloads import Point
 
-WARMUP = 3
-STEPS = WARMUP + 2
-"""The last step but one is timed without the tracer, the last is traced."""
+TRACED = 2
+"""Steps after the workload's warm-up: the first is timed without the tracer, the second is traced."""
 
 
 class Stopwatch:
@@ -51,15 +50,15 @@ class Stopwatch:
 
 
 class Tracer:
-    """Times the last step but one and traces the last; ``begin`` and ``end`` stand around every step."""
+    """Times the last step but one of ``steps`` and traces the last; ``begin`` and ``end`` stand around every step."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
         from torch.profiler import ProfilerActivity, profile
 
         from integration_tests.benchmarks.training.clock import wait
 
         self.wait = wait
-        self.step = 0
+        self.step, self.last = 0, steps - 1
         self.start = 0.0
         self.seconds = 0.0
         self.batches = Stopwatch()
@@ -69,17 +68,17 @@ class Tracer:
 
     def begin(self) -> None:
         """Before a step."""
-        if self.step == STEPS - 1:
+        if self.step == self.last:
             self.wait()
             self.profiler.start()
 
     def end(self) -> None:
         """After it."""
         self.wait()
-        if self.step == STEPS - 2:
+        if self.step == self.last - 1:
             self.seconds = time.perf_counter() - self.start
             self.batch_seconds = self.batches.seconds if self.batches.used else None
-        if self.step == STEPS - 1:
+        if self.step == self.last:
             self.profiler.stop()
         self.step += 1
         self.start, self.batches.seconds = time.perf_counter(), 0.0
@@ -98,7 +97,7 @@ def trace_trainer(name: str, workload: workloads.Workload, folder: Path, point: 
 
     from integration_tests.benchmarks.training import trainer_runs
 
-    tracer = Tracer()
+    tracer = Tracer(workload.steps)
 
     class Around(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -119,11 +118,11 @@ def trace_plain(name: str, workload: workloads.Workload, folder: Path, point: Po
     """In the plain loop."""
     from integration_tests.benchmarks.training import plain_runs
 
-    tracer = Tracer()
+    tracer = Tracer(workload.steps)
     model = plain_runs.load(CONTENDERS[name], workload, folder)
     ids = plain_runs.token_ids(point, model.config.vocab_size)
     optimizer = plain_runs.make_optimizer(model, workload)
-    for _ in range(STEPS):
+    for _ in range(workload.steps):
         tracer.begin()
         plain_runs.step(model, optimizer, ids)
         tracer.end()
@@ -147,7 +146,7 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU is visible to torch; the kernels' time is measured on one")
-    workload = workloads.get(options.workload, steps=STEPS)
+    workload = workloads.get(options.workload, steps=workloads.WORKLOADS[options.workload].warmup + TRACED)
     point = options.point[0] if options.point else workload.points[0]
     folder = options.model or run.ensure_model(run.Settings(), workload)
     loading.imitate_card(CONTENDERS[options.contender].card_gib)

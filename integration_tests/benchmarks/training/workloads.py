@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 Point = tuple[int, int]
 """Rows a forward pass, and the length of the longest row: one figure of a workload."""
@@ -44,6 +44,11 @@ class Workload:
         return self.training == "qlora"
 
 
+def _short(name: str, **options: Any) -> Workload:
+    """Rows of Alpaca's lengths: the first passes of each length wait for libraries to load kernels."""
+    return Workload(name, lengths="alpaca", steps=24, warmup=12, **options)
+
+
 def _rows(name: str, *points: Point) -> Workload:
     """A plain loop over points of growing size."""
     return Workload(name, loop="plain", points=points, accumulation=1, steps=3, warmup=1)
@@ -58,9 +63,9 @@ WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("full"),
-        Workload("alpaca", lengths="alpaca"),
-        Workload("alpaca-batch", lengths="alpaca", points=((8, 2048),), accumulation=1),
-        Workload("alpaca-1b", "llama-1b", lengths="alpaca"),
+        _short("alpaca"),
+        _short("alpaca-batch", points=((8, 2048),), accumulation=1),
+        _short("alpaca-1b", model="llama-1b"),
         Workload("packed", lengths="alpaca", packing=True),
         Workload("lora16", "llama-1b", "lora"),
         Workload("finetune", "llama-1b", "full", learning_rate=1e-5),
