@@ -68,7 +68,7 @@ def _group(axis: Any, at: int, rows: list[Figures], pick: Pick) -> None:
 
 
 def draw_growth(target: Path, rows: list[Figures], coordinate: int, label: str) -> Path:
-    """Tokens a second, from 0 on, and peak GiB, in doublings, over one coordinate of the points (0: batch, 1: length)."""
+    """Tokens a second from 0 on, peak GiB in doublings, over one coordinate of the points (0: batch, 1: length)."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
     for axis, pick, what in zip(
         axes, (lambda f: f.tokens_per_second, lambda f: f.peak_gib), ("tokens a second", "peak GiB"), strict=True
