@@ -64,7 +64,9 @@ kernels: $(TEST_ENV)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not gpu" integration_tests/sameness \
 	  -k "full and float32 and (llama or gemma2 or phi3 or ernie4_5)"
 suite: $(TEST_ENV)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not gpu" integration_tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not gpu and not slow" integration_tests
+test-slow: $(TEST_ENV)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "slow and not gpu" integration_tests
 
 gpu-test: $(TEST_ENV)
 	$(PY) -m pytest -m gpu integration_tests $(ARGS)

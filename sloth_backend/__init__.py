@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sloth_backend.config import SlothConfig, SlothConfigError
     from sloth_backend.findings import Edits, Finding, Report
     from sloth_backend.hookspecs import hookimpl
+    from sloth_backend.hosts.accelerate import attach
     from sloth_backend.manager import SlothPluginError
     from sloth_backend.plan import MemoryPlan
     from sloth_backend.roles import Role
@@ -34,6 +35,7 @@ __all__ = [
     "SlothConfig",
     "SlothConfigError",
     "SlothPluginError",
+    "attach",
     "hookimpl",
     "optimize",
     "report",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "attach": "sloth_backend.hosts.accelerate",
     "optimize": "sloth_backend.api",
     "report": "sloth_backend.api",
     "undo": "sloth_backend.api",

@@ -18,8 +18,19 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 HOSTS = {
-    "trl.trainer.sft_config": "sloth_backend.hosts.trl:patch_config",
+    "axolotl.cli.config": "sloth_backend.hosts.axolotl_config:patch_config",
+    "accelerate.accelerator": "sloth_backend.hosts.environment:patch_accelerator",
+    "transformers.training_args": "sloth_backend.hosts.transformers:patch_config",
+    "transformers.trainer": "sloth_backend.hosts.transformers:patch_trainer",
+    "transformers.trainer_seq2seq": "sloth_backend.hosts.transformers:patch_trainer",
     "trl.trainer.sft_trainer": "sloth_backend.hosts.trl:patch_trainer",
+    "trl.trainer.dpo_trainer": "sloth_backend.hosts.trl:patch_trainer",
+    "trl.trainer.kto_trainer": "sloth_backend.hosts.trl:patch_trainer",
+    "trl.trainer.reward_trainer": "sloth_backend.hosts.trl:patch_trainer",
+    "trl.trainer.grpo_trainer": "sloth_backend.hosts.trl:patch_trainer",
+    "trl.trainer.rloo_trainer": "sloth_backend.hosts.trl:patch_trainer",
+    "trl.experimental.cpo.cpo_trainer": "sloth_backend.hosts.trl:patch_trainer",
+    "trl.experimental.orpo.orpo_trainer": "sloth_backend.hosts.trl:patch_trainer",
 }
 """Module of a host -> ``module:function`` that is called with it once it is complete, again after a reload."""
 

@@ -17,7 +17,7 @@ class Run:
     """Who asked, for what, on what.
 
     Attributes:
-        host: ``"trl"``, ``"axolotl"``, ``"accelerate"`` or ``"user"`` (``sloth_backend.optimize``).
+        host: ``"trl"``, ``"transformers"``, ``"axolotl"``, ``"accelerate"`` or ``"user"`` (``sloth_backend.optimize``).
         config: the options.
         device: where the model's first parameter lives; None while there is no model.
         dtype: the dtype of the model's floating weights (of its norms where the linears are quantised).

@@ -254,12 +254,14 @@ SURVEY = """
 """
 
 OURS = {
+    ("Trainer", "__init__"),
     ("SFTTrainer", "__init__"),
-    *(("SFTConfig", name) for name in ("__init__", "__repr__", "__eq__", "__annotations__", "__dataclass_fields__")),
+    *(("SFTConfig", name) for name in ("__init__", "__repr__", "__eq__", "__dataclass_fields__")),
     ("SFTConfig", "_VALID_DICT_FIELDS"),
-    ("SFTConfig", "backend"),
+    *(("TrainingArguments", name) for name in ("__init__", "__eq__", "__annotations__", "__dataclass_fields__")),
+    *(("TrainingArguments", name) for name in ("__post_init__", "_VALID_DICT_FIELDS", "backend")),
 }
-"""All that differs in a process with the package installed: the trainer's keyword and the config's field."""
+"""All that differs in a process with the package installed: the trainers' keyword and the configurations' field."""
 
 
 FIRST_TRANSFORMERS = "from transformers import TrainingArguments"
@@ -296,7 +298,6 @@ def test_without_the_switch_nothing_changes(installed: dict[str, str], tmp_path:
     assert without["backend"] == {"kernels": False}
 
 
-@pytest.mark.slow
 def test_the_wheel_carries_the_switch(tmp_path: Path) -> None:
     """Installed by pip, with no path to this repository."""
     pytest.importorskip("hatchling")

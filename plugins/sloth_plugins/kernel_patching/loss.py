@@ -79,7 +79,7 @@ def patch_loss(model: Any, op: Op, edits: Edits) -> Finding:
 
 def _active_head(model: Any) -> Any:
     """The output projection that runs: PEFT's ``modules_to_save`` keeps the trained one inside a wrapper."""
-    head = model.get_output_embeddings()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     copies, active = getattr(head, "modules_to_save", None), getattr(head, "active_adapters", ())
     return copies[active[0]] if copies and len(active) == 1 and active[0] in copies else head
 

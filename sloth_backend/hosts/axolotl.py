@@ -1,0 +1,223 @@
+"""Axolotl: ``use_unsloth: true`` or ``use_sloth: true`` in the YAML, options under ``sloth:``.
+
+``axolotl_config`` adds ``SlothPlugin`` to the plugins of a configuration that asks. Axolotl keeps its plugins for the
+life of the process and calls them for every run, so each hook first looks whether its configuration asks.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import BasePlugin
+from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from sloth_backend.hosts import axolotl_config
+from sloth_backend.hosts.axolotl_config import OPTIONS, Problem, is_asked, options_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sloth_backend.phases import Session
+    from sloth_backend.run import Run
+
+log = logging.getLogger(__name__)
+
+HOOKS = ("register", "get_input_args", "pre_lora_load", "post_trainer_create")
+TOKENIZERS, LOADER = "axolotl.loaders.tokenizer", "load_tokenizer"
+DATA, HASHED = "axolotl.utils.data.shared", "DATASET_HASH_CONFIG_EXTRA_FIELDS"
+HEALED = "sloth_healed"
+"""Key of a configuration that says how its tokenizer was mended, so that data tokenised otherwise are not reused."""
+
+_STATE = "_sloth_state"
+_MARK = "_sloth_switch"
+
+
+class SlothArgs(BaseModel):
+    """The keys that the plugin adds to Axolotl's schema."""
+
+    use_sloth: bool | None = Field(
+        default=None, json_schema_extra={"description": "Train with the optimised backend sloth_backend."}
+    )
+    use_unsloth: bool | None = Field(default=None, json_schema_extra={"description": "The same as use_sloth."})
+    sloth: dict[str, Any] | bool | None = Field(
+        default=None, json_schema_extra={"description": "Options of sloth_backend, see sloth_backend.SlothConfig."}
+    )
+
+    @field_validator("sloth")
+    @classmethod
+    def _known_options(cls, value: dict[str, Any] | bool | None) -> dict[str, Any] | bool | None:
+        options_of({OPTIONS: value})
+        return value
+
+
+class SlothPlugin(BasePlugin):
+    """The three phases of the backend, at Axolotl's hooks."""
+
+    def register(self, cfg: Any) -> None:
+        """Refuse what cannot be combined, set what the backend needs, see to the tokenizer; nothing is loaded yet.
+
+        Raises:
+            pydantic.ValidationError: with all problems, each under its key.
+            RuntimeError: this version of Axolotl lacks something that the plugin stands on.
+        """
+        if not is_asked(cfg):
+            return
+        found = axolotl_config.problems(cfg) or _problems_of_plugins(cfg)
+        if found:
+            raise _error(found)
+        _check_hooks()
+        _heal_after_loading()
+        _hash_what_was_healed()
+        for said in axolotl_config.prepare(cfg):
+            log.info(said)
+
+    def get_input_args(self) -> str:
+        """The keys of ours; see ``SlothArgs``."""
+        return f"{__name__}.{SlothArgs.__name__}"
+
+    def pre_lora_load(self, cfg: Any, model: nn.Module) -> None:
+        """Phase B: the weights are loaded and resized, adapters come next."""
+        if is_asked(cfg):
+            session, tokenizer = vars(cfg).pop(_STATE, (None, None))
+            vars(cfg)[_STATE] = (None, tokenizer)  # the next model, a reference, gets a session of its own
+            _after_load(session, cfg, model, tokenizer)
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Phase C: model, adapters and trainer are complete."""
+        from sloth_backend import phases
+
+        if not is_asked(cfg):
+            return
+        session = phases.find_session(trainer.model) or _after_load(None, cfg, trainer.model, trainer.processing_class)
+        session.run = replace(session.run, optimizer_bytes=_optimizer_bytes(trainer))
+        phases.before_train(session, trainer.model, trainer)
+
+
+def _after_load(session: Session | None, cfg: Any, model: nn.Module, tokenizer: Any) -> Session:
+    from sloth_backend import phases
+
+    session = session or phases.begin(_run(cfg))
+    phases.after_load(session, model, tokenizer)
+    return session
+
+
+def _run(cfg: Any) -> Run:
+    """The facts of a run that a validated configuration knows."""
+    from sloth_backend.run import Run
+
+    checkpointing = bool(cfg.get("gradient_checkpointing"))
+    return Run("axolotl", options_of(cfg), gradient_checkpointing=checkpointing, tokens_per_pass=_tokens_per_pass(cfg))
+
+
+def _tokens_per_pass(cfg: Any) -> int | None:
+    """Rows of a micro-batch x the length to which Axolotl cuts or packs them; None for pairs and for generated rows."""
+    if cfg.get("rl") or not cfg.get("sequence_len") or not cfg.get("micro_batch_size"):
+        return None
+    return cfg["micro_batch_size"] * -(-cfg["sequence_len"] // 64) * 64  # its collators pad to 64
+
+
+def _optimizer_bytes(trainer: Any) -> float:
+    """Bytes of optimizer state for each trained parameter; an optimizer of another's making counts as AdamW."""
+    import torch
+
+    from sloth_backend.optimizers import state_bytes
+
+    own = trainer.optimizer is not None or getattr(trainer, "optimizer_cls_and_kwargs", None) is not None
+    name = "" if own else str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    embeddings = [module.weight for module in trainer.model.modules() if isinstance(module, torch.nn.Embedding)]
+    return state_bytes(name, trainer.model.parameters(), embeddings)
+
+
+def _problems_of_plugins(cfg: Mapping[str, Any]) -> list[Problem]:
+    """What the plugins of the backend find, as far as they can tell without a model."""
+    from sloth_backend.manager import get_manager
+    from sloth_backend.run import Run
+
+    found = get_manager().check(Run("axolotl", options_of(cfg)), None)
+    return [Problem(OPTIONS, cfg.get(OPTIONS), text) for text in found]
+
+
+def _error(found: list[Problem]) -> ValidationError:
+    """One error in the form in which Axolotl's schema reports its own, a line for each key."""
+    details = [
+        InitErrorDetails(
+            type=PydanticCustomError("sloth", "{problem}", {"problem": problem.message}),
+            loc=(problem.key,),
+            input=problem.value,
+        )
+        for problem in found
+    ]
+    return ValidationError.from_exception_data("AxolotlInputConfig", details)
+
+
+def _check_hooks() -> None:
+    missing = [name for name in HOOKS if not hasattr(BasePlugin, name)]
+    if missing:
+        raise _moved(f"its plugins have no {', '.join(missing)}")
+
+
+def _heal_after_loading() -> None:
+    """Phase A: mend a tokenizer as soon as Axolotl has loaded it for a configuration that asks; twice is harmless.
+
+    Axolotl has no hook between loading the tokenizer and tokenising, and several of its modules import the loader by
+    name. The loader that takes its place hands on what it gets wherever the configuration does not ask.
+    """
+    original = getattr(importlib.import_module(TOKENIZERS), LOADER, None)
+    if hasattr(original, _MARK):
+        return
+    if original is None or next(iter(inspect.signature(original).parameters), None) != "cfg":
+        raise _moved(f"{TOKENIZERS} has no {LOADER}(cfg)")
+    healing = _healing(original)
+    for module in list(sys.modules.values()):
+        names = getattr(module, "__dict__", {})
+        if names.get(LOADER) is original:
+            names[LOADER] = healing
+
+
+def _healing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_tokenizer(cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        tokenizer = original(cfg, *args, **kwargs)
+        if is_asked(cfg):
+            _before_data(cfg, tokenizer)
+        return tokenizer
+
+    vars(load_tokenizer)[_MARK] = True
+    return load_tokenizer
+
+
+def _before_data(cfg: Any, tokenizer: Any) -> None:
+    from sloth_backend import phases
+
+    session = phases.begin(_run(cfg))
+    phases.before_data(session, tokenizer)
+    vars(cfg)[_STATE] = (session, tokenizer)  # beside the keys: they are printed and saved
+    cfg[HEALED] = [f"{finding.subject}: {finding.reason}" for finding in session.report().of(action="changed")]
+
+
+def _hash_what_was_healed() -> None:
+    """Let ``HEALED`` count in the names of prepared data; configurations without it keep theirs."""
+    module: Any = importlib.import_module(DATA)
+    fields = getattr(module, HASHED, None)
+    if not isinstance(fields, tuple):
+        raise _moved(f"{DATA} has no {HASHED}")
+    if HEALED not in fields:
+        setattr(module, HASHED, (*fields, HEALED))
+
+
+def _moved(what: str) -> RuntimeError:
+    import axolotl
+
+    version = getattr(axolotl, "__version__", "unknown")
+    return RuntimeError(
+        f"sloth_backend does not know this version of Axolotl ({version}): {what}. It was tried with 0.19 to 0.21: "
+        "install one of these, or remove use_sloth, use_unsloth and sloth from the configuration"
+    )
