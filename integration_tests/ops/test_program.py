@@ -17,9 +17,10 @@ from sloth_kernels.frozen_weight import DenseWeight, Weight4bit
 from sloth_kernels.linears import Linears
 from sloth_kernels.ops import attention, glu, rms_norm, rope
 from sloth_kernels.ops.attention import AttentionSpec
-from sloth_kernels.program import Here, Park, Program
+from sloth_kernels.program import Program
 from sloth_kernels.stages import Attention, Glu, Norm, Residual, Rope, Split
 from sloth_kernels.tiles import Tiled
+from sloth_kernels.values import Here, Park
 
 B, S, H, HEADS, KV, D, WIDE, R = 2, 5, 12, 3, 1, 4, 20, 2
 

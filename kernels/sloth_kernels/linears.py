@@ -112,6 +112,16 @@ class BoundLinears:
         ys, banks_t, self.draws = lora.forward(x, plan, siblings.operands, self.draws)
         return (*ys, banks_t) if residual is None else (residual + ys[0], banks_t)
 
+    @property
+    def recordable(self) -> bool:
+        """Masks are drawn anew in each pass."""
+        return not self.drops()
+
+    def marks(self) -> list[Any]:
+        """What its products read."""
+        group, siblings = self.stage.group, self.siblings
+        return [siblings, group.keeps, group.made(siblings) if group.keeps else None]
+
     def drops(self) -> bool:
         """Whether an adapter draws dropout masks."""
         return any(adapter.dropout for linear in self.siblings.linears for adapter in linear.adapters)

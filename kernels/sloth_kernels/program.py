@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from sloth_kernels.adapters import autocast_dtype, without_autocast
+from sloth_kernels.recording import Tape
 from sloth_kernels.relief import givers, with_relief
-from sloth_kernels.schedule import INPUT, OUTPUT, Form, Schedule, schedule
+from sloth_kernels.schedule import INPUT, OUTPUT, Form, Schedule, Step, schedule
+from sloth_kernels.values import NOWHERE, Here, Park, Parked, Values
 
 NOTHING: frozenset[str] = frozenset()
 
@@ -107,6 +109,7 @@ class Program:
         kept: frozenset[str] | None = None,
         on_relief: Callable[[], None] | None = None,
         park: Park | None = None,
+        tape: Tape | None = None,
     ) -> torch.Tensor:
         """``y`` for ``x`` and the constants, differentiable once in x and in the stages' operands.
 
@@ -116,6 +119,8 @@ class Program:
             kept: which values stay for backward; None for all that are of use.
             on_relief: called when kept values had to be given up, the device being out of memory.
             park: which of the kept values wait elsewhere, and how they get there.
+            tape: recordings of passes like this one, to be played or made; the caller keeps nothing of a pass when
+                the next begins. None to launch every kernel by itself.
         """
         autocast = autocast_dtype(x)
         bound = [stage.bind(autocast) for stage in self.stages]
@@ -125,6 +130,8 @@ class Program:
             if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands)):
                 frame.kept = self.savable if kept is None else kept
                 frame.on_relief, frame.park = on_relief, park or NOWHERE
+                if tape is not None and park is None and tape.takes(frame, bound):
+                    frame.tape, frame.bound = tape, tape.bound
                 return _Run.apply(x, frame, *operands)
             with torch.no_grad():
                 return frame.run_forward(x, NOTHING)
@@ -143,35 +150,6 @@ class Program:
         return frame.values
 
 
-class Parked(Protocol):
-    """A value that waits elsewhere."""
-
-    def restore(self) -> torch.Tensor:
-        """The value, back on the device."""
-        ...
-
-
-class Park(NamedTuple):
-    """Which kept values wait elsewhere; ``put`` takes one there without waiting for it."""
-
-    names: frozenset[str]
-    put: Callable[[torch.Tensor], Parked]
-
-
-class Here:
-    """A value that is where it was, or is found by ``find``."""
-
-    def __init__(self, find: Callable[[], torch.Tensor]) -> None:
-        self.find = find
-
-    def restore(self) -> torch.Tensor:
-        """The value."""
-        return self.find()
-
-
-NOWHERE = Park(frozenset(), lambda value: Here(lambda: value))
-
-
 class Frame:
     """One call of a program: what it has at hand, from forward until its backward is over."""
 
@@ -183,20 +161,29 @@ class Frame:
         self.values: dict[str, Any] = {}
         self.parked: dict[str, Parked] = {}
         self.park = NOWHERE
+        self.tape: Tape | None = None
         self.on_relief: Callable[[], None] | None = None
 
     def run_forward(self, x: torch.Tensor, kept: frozenset[str]) -> torch.Tensor:
         """Compute y; afterwards ``values`` and ``parked`` have what is kept."""
         values, away = {**self.constants, INPUT: x}, kept & self.park.names
         here = kept - away if away else kept
-        for i, _, frees in self.program.schedule(here).forward:
+        steps = self.program.schedule(here).forward
+        if self.tape is None:
+            self.run(steps, values, away)
+        else:
+            self.tape.forward(self, steps, values)
+        self.values = {name: values[name] for name in here}
+        return values[OUTPUT]
+
+    def run(self, steps: Iterable[Step], values: dict[str, Any], away: frozenset[str] = NOTHING) -> None:
+        """Forward's ``steps``, on ``values``."""
+        for i, _, frees in steps:
             self._run_stage(i, values)
             if away:
                 self._park(self.program.forms[i].writes, values, away)
             for name in frees:
                 del values[name]
-        self.values = {name: values[name] for name in here}
-        return values[OUTPUT]
 
     def _park(self, names: Iterable[str], values: Mapping[str, Any], away: frozenset[str]) -> None:
         for name in names:
@@ -227,15 +214,27 @@ class Frame:
         counts = [len(bound.operands) for bound in self.bound]
         wants = self.program.wants(counts, needs)
         grads: dict[str, Any] = {OUTPUT: dy}
-        operand_grads: list[Sequence[torch.Tensor | None]] = [(None,) * count for count in counts]
-        for i, is_backward, frees in self.program.schedule(kept).backward:
+        steps, tape = self.program.schedule(kept).backward, self.tape
+        if tape is None:
+            own = self.run_back(steps, values, grads, wants)
+        else:
+            self.tape, own = None, tape.backward(self, steps, values, grads, wants)
+        none = [(None,) * count for count in counts]
+        return grads.get(INPUT), [grad for i in range(len(counts)) for grad in own.get(i, none[i])]
+
+    def run_back(
+        self, steps: Iterable[Step], values: Values, grads: dict[str, Any], wants: Sequence[list[bool] | None]
+    ) -> dict[int, Sequence[torch.Tensor | None]]:
+        """Backward's ``steps``, on ``values`` and ``grads``; returns the gradients of the operands of each stage."""
+        own: dict[int, Sequence[torch.Tensor | None]] = {}
+        for i, is_backward, frees in steps:
             values.dying = frees
             if not is_backward:
                 self._run_stage(i, values)
-            elif wanted := wants[i]:
-                operand_grads[i] = self._run_stage_backward(i, values, grads, wanted) or operand_grads[i]
+            elif (wanted := wants[i]) and (found := self._run_stage_backward(i, values, grads, wanted)):
+                own[i] = found
             values.let_go(frees)
-        return grads.get(INPUT), [grad for own in operand_grads for grad in own]
+        return own
 
     def _run_stage_backward(
         self, i: int, values: dict[str, Any], grads: dict[str, Any], wanted: Sequence[bool]
@@ -251,28 +250,6 @@ class Frame:
             if grad is not None:
                 grads[name] = grad
         return own
-
-
-class Values(dict[str, Any]):
-    """What a backward has at hand; what is parked elsewhere comes when it is first looked at.
-
-    ``dying`` are the values that go with the step that runs.
-    """
-
-    def __init__(self, present: Mapping[str, Any], parked: dict[str, Parked]) -> None:
-        super().__init__(present)
-        self.parked = parked
-        self.dying: Sequence[str] = ()
-
-    def __missing__(self, name: str) -> Any:
-        value = self[name] = self.parked.pop(name).restore()
-        return value
-
-    def let_go(self, names: Iterable[str]) -> None:
-        """Drop some values, wherever they are."""
-        for name in names:
-            self.pop(name, None)
-            self.parked.pop(name, None)
 
 
 def _wants(

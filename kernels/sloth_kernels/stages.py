@@ -230,6 +230,8 @@ class Attention(NamedStage):
 
 class _BoundAttention:
     operands: Sequence[torch.Tensor | None] = ()
+    recordable = False
+    """Its kernels follow from the documents of a pass."""
 
     def __init__(self, stage: Attention, autocast: torch.dtype | None) -> None:
         self.stage, self.autocast = stage, autocast

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from sloth_kernels.linears import BoundLinears
-from sloth_kernels.program import Bound, Frame, Here, Program
+from sloth_kernels.program import Bound, Frame, Program
 from sloth_kernels.stages import Grads, NamedStage, plus
+from sloth_kernels.values import Here
 
 
 class Tiled(NamedStage):
@@ -32,6 +33,8 @@ class Tiled(NamedStage):
 
 
 class _BoundTiled:
+    recordable = False
+
     def __init__(self, stage: Tiled, autocast: torch.dtype | None) -> None:
         self.stage, self.autocast = stage, autocast
         self.tiles: list[Sequence[Bound]] = [self._bind()]

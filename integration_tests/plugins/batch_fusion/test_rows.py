@@ -111,6 +111,7 @@ class Prices:
     """A planner for whom tokens beyond ``free`` cost a second each, and none beyond ``limit`` fit."""
 
     least_seconds = 0.0
+    transient = False
 
     def __init__(self, free: int, limit: int, saves_memory: bool = False) -> None:
         self.free, self.limit, self.saves_memory = free, limit, saves_memory

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,8 @@ class Planner(Protocol):
     """Whether memory counts more than time."""
     least_seconds: float
     """No pass takes less."""
+    transient: bool
+    """Whether nobody keeps a tensor of a pass when the next one begins; to be set by who runs them."""
 
     def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None, alone: bool) -> float | None:
         """Seconds that such a pass takes, ``alone`` in its step or one of several; None where it does not fit."""
@@ -34,6 +37,18 @@ class Budget:
 
     def __init__(self, planner: Planner | None, autocast: torch.dtype | None) -> None:
         self.planner, self.autocast = planner, autocast
+
+    @contextmanager
+    def transient(self) -> Iterator[None]:
+        """Nobody keeps a tensor of the passes that run meanwhile."""
+        if self.planner is None:
+            yield
+            return
+        self.planner.transient = True
+        try:
+            yield
+        finally:
+            self.planner.transient = False
 
     def best(self, ways: Sequence[list[Rows]], largest: int) -> list[Rows]:
         """The cheapest way that fits, of equal ones the one with the fewest passes.

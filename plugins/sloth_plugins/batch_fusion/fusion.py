@@ -105,10 +105,11 @@ class Fusion:
             return torch.zeros((), device=trainer.args.device)
         *earlier, last = passes
         losses = []
-        for one in earlier:
-            with trainer.accelerator.no_sync(model):
-                losses.append(original(trainer, model, one, num_items_in_batch))
-        losses.append(original(trainer, model, last, num_items_in_batch))
+        with self.budget.transient():
+            for one in earlier:
+                with trainer.accelerator.no_sync(model):
+                    losses.append(original(trainer, model, one, num_items_in_batch))
+            losses.append(original(trainer, model, last, num_items_in_batch))
         self._fetch_ahead(trainer)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         return KnownLoss(loss, self.losses) if len(self.losses) == len(losses) else loss

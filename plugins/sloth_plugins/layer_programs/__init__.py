@@ -25,6 +25,7 @@ from sloth_backend.roles import Role
 from sloth_backend.run import Run
 from sloth_kernels.dense_cache import DenseCache
 from sloth_kernels.op import Op
+from sloth_kernels.recording import CudaCapture
 from sloth_plugins.kernel_patching.match import Matcher
 from sloth_plugins.layer_programs.assemble import Assembler, LayerProgram, MisfitError
 from sloth_plugins.layer_programs.checkpointing import leave_alone
@@ -116,7 +117,8 @@ def _install(
     cache = DenseCache([program.groups for program in made.values()])
     offloads = run.config.checkpointing == "offload" and run.device is not None and run.device.type == "cuda"
     planner = Planner(model, run, layers, offloads, given, budget)
-    passes = Passes(model, layers, planner, cache, Rings(make_ring) if offloads else None)
+    capture = CudaCapture(run.device) if run.device is not None and run.device.type == "cuda" else None
+    passes = Passes(model, layers, planner, cache, Rings(make_ring) if offloads else None, capture)
     for index, (layer, program) in enumerate(made.items()):
         forward = _forward(layer, program, passes, index)
         edits.set(layer, "forward", types.MethodType(forward, layer))
@@ -124,6 +126,7 @@ def _install(
     set_planner(model, planner, edits)
     leave_alone(model, list(made), edits)
     edits.on_undo(lambda: cache.hold(0))
+    edits.on_undo(passes.replays.stop)
 
 
 def _planned_layer(made: LayerProgram, seen: Seen) -> Layer:

@@ -18,11 +18,14 @@ from sloth_backend.findings import Finding
 from sloth_backend.phases import find_session
 from sloth_backend.plan import Level, MemoryPlan
 from sloth_kernels.dense_cache import DenseCache
-from sloth_kernels.program import INPUT, Park
+from sloth_kernels.program import INPUT
+from sloth_kernels.recording import Capture
+from sloth_kernels.values import Park
 from sloth_plugins.kernel_patching.loss import limit_logits
 from sloth_plugins.layer_programs.costs import Shape
 from sloth_plugins.layer_programs.layer import Layer, shape_of
 from sloth_plugins.layer_programs.planner import Planner
+from sloth_plugins.layer_programs.replay import Replays, Tapes
 from sloth_plugins.offloaded_checkpointing.ring import Handle, Kept
 from sloth_plugins.offloaded_checkpointing.seam import Rings, held_by
 
@@ -42,11 +45,20 @@ class Passes:
         planner: of its passes.
         cache: where dense copies of quantised weights are kept.
         rings: where offloaded inputs wait; None where nothing is offloaded.
+        capture: what records short passes; None to launch every kernel by itself.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], planner: Planner, cache: DenseCache, rings: Rings | None
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        planner: Planner,
+        cache: DenseCache,
+        rings: Rings | None,
+        capture: Capture | None = None,
     ) -> None:
+        self.replays = Replays(planner, capture)
+        self.tapes: Tapes | None = None
         self.model = weakref.ref(model)
         self.layers, self.planner, self.cache, self.rings = list(layers), planner, cache, rings
         self.passed: dict[Shape, MemoryPlan] = {}
@@ -77,8 +89,11 @@ class Passes:
         assert self.plan is not None
         level = self.plan.levels[index]
         program = programs[level.tile_rows]
+        tape = None
+        if self.tapes is not None:
+            tape, constants = self.tapes.layers[index], self.tapes.placed(constants)
         with self._offloading(level, index, x):
-            y = program(x, constants, level.kept, self._tighten, self._park(level, index))
+            y = program(x, constants, level.kept, self._tighten, self._park(level, index), tape)
         if self.rings is not None and self.to_come[0] and not self.to_come[index]:
             self.rings.settle()
         return y
@@ -88,6 +103,7 @@ class Passes:
         shape, self.began = shape_of(x, mask, alone=began and self.began), began
         self.plan, self.shape = self.planner.planned(shape, x.device), shape
         self.cache.hold(self.plan.cached_layers)
+        self.tapes = self.replays.tapes(shape, self.plan)
         away = [len(level.offloaded) for level in self.plan.levels]
         self.to_come = list(accumulate(reversed(away)))[::-1]
         if self.rings is not None:

@@ -83,6 +83,8 @@ class Planner:
         self.seconds: dict[Shape, float] = {}
         self.fixed_bytes: int | None = None
         self.limit: int | None = None
+        self.transient = False
+        """Whether nobody keeps a tensor of a pass when the next one begins: whoever runs the passes says so."""
 
     def planned(self, shape: Shape, device: torch.device) -> MemoryPlan:
         """The plan for passes of ``shape``."""
@@ -124,13 +126,18 @@ class Planner:
         """Seconds that a pass of documents takes, forward and backward; None where no plan of it fits."""
         device = self.layers[0].x.device
         shape = documents_shape(tokens, longest, autocast, alone)
-        if not self.planned(shape, device).fits:
-            return None
-        if shape not in self.seconds:
-            self.seconds[shape] = self._seconds(shape)
-        return self.seconds[shape]
+        return self._seconds(shape) if self.planned(shape, device).fits else None
+
+    def waits_for_host(self, shape: Shape) -> bool:
+        """Whether the device is done with a pass before the host has launched all of it."""
+        return self._seconds(shape) <= self.least_seconds
 
     def _seconds(self, shape: Shape) -> float:
+        if shape not in self.seconds:
+            self.seconds[shape] = self._estimated(shape)
+        return self.seconds[shape]
+
+    def _estimated(self, shape: Shape) -> float:
         layers = self.traced[shape.autocast]
         alone = {key: sum(layer.estimates(shape)[0].seconds) for key, layer in _kinds(layers).items()}
         trained, every = self._parameter_bytes
