@@ -243,10 +243,9 @@ def _after_load(session: Session, kind: Kind, model: Any, tokenizer: Any) -> Non
 
 def _is_causal_lm(model: Any) -> bool:
     from sloth_backend.phases import base_model
+    from sloth_backend.run import is_causal_lm
 
-    base = base_model(model)
-    head = getattr(base, "get_output_embeddings", lambda: None)()
-    return head is not None and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return is_causal_lm(base_model(model))
 
 
 def _patch_reference(session: Session, kind: Kind, trainer: Any, tokenizer: Any) -> None:
