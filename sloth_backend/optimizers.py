@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,16 @@ def state_bytes(
     ]
     count = sum(numel for numel, _ in trained)
     return sum(numel * size for numel, size in trained) / count if count else _entry_bytes(optimizer, 4, False)
+
+
+def trainer_state_bytes(trainer: Any) -> float:
+    """The same for what a ``transformers.Trainer`` will train; an optimizer of another's making counts as AdamW."""
+    from torch import nn
+
+    own = trainer.optimizer is not None or getattr(trainer, "optimizer_cls_and_kwargs", None) is not None
+    name = "" if own else str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    embeddings = [module.weight for module in trainer.model.modules() if isinstance(module, nn.Embedding)]
+    return state_bytes(name, trainer.model.parameters(), embeddings)
 
 
 def _entry_bytes(optimizer: str, itemsize: int, is_embedding: bool) -> float:

@@ -58,6 +58,12 @@ def describe_model(model: nn.Module) -> dict[str, object]:
     }
 
 
+def is_causal_lm(model: object) -> bool:
+    """Whether it predicts the next token: it has output embeddings and is no encoder-decoder."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
 def _quantization_name(config: object | None) -> str | None:
     if config is None:
         return None

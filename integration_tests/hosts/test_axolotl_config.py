@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("axolotl")
 
+from axolotl.integrations.base import PluginManager
 from pydantic import ValidationError
 
 from integration_tests.hosts import axolotl_runs
@@ -21,6 +23,15 @@ from sloth_backend.hosts import axolotl_config
 from sloth_backend.hosts.axolotl_config import OWN_LORA_KERNELS, PLUGIN, is_asked, options_of
 
 LIGER, CCE = "axolotl.integrations.liger.LigerPlugin", "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
+
+
+@pytest.fixture(autouse=True)
+def _plugins_of_others_go() -> Iterator[None]:
+    """Axolotl keeps plugins for the life of the process, those of a file that was refused too."""
+    yield
+    plugins = PluginManager.get_instance().plugins
+    for name in (LIGER, CCE):
+        plugins.pop(name, None)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +96,8 @@ def test_without_a_key_nothing_changes(model_folder: Path, tmp_path: Path) -> No
     for cfg in (plain, off):
         assert not cfg.plugins
         assert not any(key in cfg for key in OWN_LORA_KERNELS)
-    assert plain.keys() - {"axolotl_config_path"} == off.keys() - {"axolotl_config_path"}
+    own = {"axolotl_config_path", "use_sloth"}
+    assert plain.keys() - own == off.keys() - own
 
 
 def refused(tmp_path: Path, model: Path, **changes: Any) -> tuple[str, dict[str, str]]:

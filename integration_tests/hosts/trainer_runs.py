@@ -18,22 +18,11 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from integration_tests import tiny
+from integration_tests.hosts import trl_runs
 from integration_tests.hosts.trl_runs import CLOCKS, lora
 
 STEPS = 3
-DEFAULTS = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "max_steps": STEPS,
-    "save_strategy": "no",
-    "learning_rate": 2e-3,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-}
-"""Three steps of two micro-batches each, in float32 on the CPU."""
+DEFAULTS = {**trl_runs.DEFAULTS, "max_steps": STEPS}
 
 
 def texts(columns: dict[str, Callable[[str, str, str, int], Any]], count: int = 12) -> Dataset:

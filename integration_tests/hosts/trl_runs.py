@@ -23,21 +23,23 @@ OWN_HEAD = hasattr(sft_trainer, "add_fused_lm_head")
 """TRL 1.16 computes the loss in a fused head of its own; before, it patched the model's forward."""
 
 
+DEFAULTS = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "learning_rate": 2e-3,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+}
+"""Steps of two passes each, in float32 on the CPU."""
+
+
 def make_args(folder: Path, **options: Any) -> SFTConfig:
     """Four steps of two passes each, in float32 on the CPU."""
-    defaults = {
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "max_steps": STEPS,
-        "save_strategy": "no",
-        "learning_rate": 2e-3,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-    }
-    return SFTConfig(str(folder), **{**defaults, **options})
+    return SFTConfig(str(folder), **{**DEFAULTS, "max_steps": STEPS, **options})
 
 
 def make_trainer(

@@ -160,9 +160,9 @@ def _needs_session(model: Any) -> bool:
 def _is_causal_lm(model: Any) -> bool:
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):
-        return False
-    return model.get_output_embeddings() is not None
+    from sloth_backend.run import is_causal_lm
+
+    return isinstance(model, PreTrainedModel) and is_causal_lm(model)
 
 
 def _activate(

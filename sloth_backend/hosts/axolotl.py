@@ -93,11 +93,12 @@ class SlothPlugin(BasePlugin):
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Phase C: model, adapters and trainer are complete."""
         from sloth_backend import phases
+        from sloth_backend.optimizers import trainer_state_bytes
 
         if not is_asked(cfg):
             return
         session = phases.find_session(trainer.model) or _after_load(None, cfg, trainer.model, trainer.processing_class)
-        session.run = replace(session.run, optimizer_bytes=_optimizer_bytes(trainer))
+        session.run = replace(session.run, optimizer_bytes=trainer_state_bytes(trainer))
         phases.before_train(session, trainer.model, trainer)
 
 
@@ -122,18 +123,6 @@ def _tokens_per_pass(cfg: Any) -> int | None:
     if cfg.get("rl") or not cfg.get("sequence_len") or not cfg.get("micro_batch_size"):
         return None
     return cfg["micro_batch_size"] * -(-cfg["sequence_len"] // 64) * 64  # its collators pad to 64
-
-
-def _optimizer_bytes(trainer: Any) -> float:
-    """Bytes of optimizer state for each trained parameter; an optimizer of another's making counts as AdamW."""
-    import torch
-
-    from sloth_backend.optimizers import state_bytes
-
-    own = trainer.optimizer is not None or getattr(trainer, "optimizer_cls_and_kwargs", None) is not None
-    name = "" if own else str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    embeddings = [module.weight for module in trainer.model.modules() if isinstance(module, torch.nn.Embedding)]
-    return state_bytes(name, trainer.model.parameters(), embeddings)
 
 
 def _problems_of_plugins(cfg: Mapping[str, Any]) -> list[Problem]:

@@ -89,6 +89,7 @@ def _construct(
     import torch
 
     from sloth_backend import phases
+    from sloth_backend.optimizers import trainer_state_bytes
 
     model = call.arguments.get("model")
     loaded = model if isinstance(model, torch.nn.Module) else None
@@ -100,7 +101,7 @@ def _construct(
         original(*call.args, **call.kwargs)
         if loaded is None:
             _after_load(session, kind, trainer.model, tokenizer)
-        session.run = replace(session.run, optimizer_bytes=_optimizer_bytes(trainer))
+        session.run = replace(session.run, optimizer_bytes=trainer_state_bytes(trainer))
         if _narrow(session, kind, trainer):
             with kind.seam(session, phases.base_model(trainer.model), trainer.args):
                 phases.before_train(session, trainer.model, trainer)
@@ -242,21 +243,9 @@ def _after_load(session: Session, kind: Kind, model: Any, tokenizer: Any) -> Non
 
 def _is_causal_lm(model: Any) -> bool:
     from sloth_backend.phases import base_model
+    from sloth_backend.run import is_causal_lm
 
-    base = base_model(model)
-    head = getattr(base, "get_output_embeddings", lambda: None)()
-    return head is not None and not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-
-
-def _optimizer_bytes(trainer: Any) -> float:
-    """Bytes of optimizer state for each trained parameter; an optimizer of the user's making counts as AdamW."""
-    import torch
-
-    from sloth_backend.optimizers import state_bytes
-
-    name = str(getattr(trainer.args.optim, "value", trainer.args.optim)) if trainer.optimizer is None else ""
-    embeddings = [module.weight for module in trainer.model.modules() if isinstance(module, torch.nn.Embedding)]
-    return state_bytes(name, trainer.model.parameters(), embeddings)
+    return is_causal_lm(base_model(model))
 
 
 def _patch_reference(session: Session, kind: Kind, trainer: Any, tokenizer: Any) -> None:

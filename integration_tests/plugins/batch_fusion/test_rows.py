@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sloth_plugins.batch_fusion.budget import Budget
-from sloth_plugins.batch_fusion.rows import IGNORED, Rows, UnfitError, divided, joined, positions, rows_of
+from sloth_plugins.batch_fusion.rows import IGNORED, Rows, Share, UnfitError, divided, joined, positions, rows_of
 
 
 def padded(lengths: list[int]) -> dict[str, torch.Tensor]:
@@ -21,9 +21,12 @@ def padded(lengths: list[int]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids.masked_fill(~mask, IGNORED), "attention_mask": mask.long()}
 
 
-def of_lengths(lengths: tuple[int, ...]) -> Rows:
+def of_lengths(lengths: tuple[int, ...], kin: tuple[int, ...] = ()) -> Rows:
+    """Documents whose first labels are ignored, but those of the documents ``kin``."""
     ids = torch.arange(sum(lengths))
-    return Rows(ids, ids, lengths, sum(lengths))
+    labels, begins = ids.clone(), [sum(lengths[:i]) for i in range(len(lengths)) if i not in kin]
+    labels[begins] = IGNORED
+    return Rows(ids, labels, lengths, sum(lengths), (Share(sum(lengths), int((labels != IGNORED).sum())),))
 
 
 def test_padding_goes_and_first_labels_are_ignored() -> None:
@@ -43,6 +46,7 @@ def test_the_host_keeps_its_batch() -> None:
 def test_rows_without_a_token_go() -> None:
     batch = padded([2, 3])
     batch["attention_mask"][0] = 0
+    batch["labels"][0] = IGNORED
     assert rows_of(batch).lengths == (3,)
 
 
@@ -53,11 +57,39 @@ def test_packed_rows_are_taken_apart_where_positions_start_anew() -> None:
     assert rows.labels.tolist() == [IGNORED, 1, 2, 3, 4, IGNORED, 6, 7, 8, 9]
 
 
+def test_any_number_but_zero_is_no_padding_as_for_models() -> None:
+    batch = padded([4, 2])
+    batch["attention_mask"] = torch.tensor([[1, 1, 3, 3], [2, 2, 0, 0]])
+    assert rows_of(batch).lengths == (4, 2)
+
+
+def test_positions_that_count_rows_say_nothing_new() -> None:
+    batch = padded([4, 2])
+    plain = rows_of(batch)
+    batch["position_ids"] = torch.tensor([[0, 1, 2, 3], [0, 1, 7, 7]])
+    rows = rows_of(batch)
+    assert (rows.lengths, rows.shares) == (plain.lengths, plain.shares)
+    assert torch.equal(rows.input_ids, plain.input_ids)
+
+
+def test_rows_know_what_they_have_of_each_batch() -> None:
+    rows = joined([rows_of(padded([3, 1])), rows_of(padded([4, 4]))])
+    assert rows.shares == (Share(4, 2), Share(8, 6))
+    assert [part.shares for part in divided(rows, 3)] == [(Share(4, 2),), (Share(4, 6),), (Share(4, 6),)]
+    rows = joined([rows_of(padded([6, 1])), rows_of(padded([1, 6]))])
+    assert [part.shares for part in divided(rows, 3)] == [(Share(6, 5),), (Share(1, 5), Share(1, 5)), (Share(6, 5),)]
+
+
+def test_a_document_whose_first_token_is_trained_stays_with_the_one_before() -> None:
+    assert [part.lengths for part in divided(of_lengths((4, 4, 4, 4), kin=(1, 3)), 4)] == [(4, 4), (4, 4)]
+
+
 def test_rows_without_a_mask_are_whole() -> None:
     assert rows_of({"input_ids": torch.ones(3, 4), "labels": torch.ones(3, 4)}).lengths == (4, 4, 4)
 
 
-IDS = torch.ones(1, 3, dtype=torch.long)
+IDS, AGAIN = torch.ones(1, 3, dtype=torch.long), torch.tensor([[0, 1, 0]])
+NUMBERED = torch.tensor([[1, 1, 2]])
 
 
 @pytest.mark.parametrize(
@@ -68,7 +100,9 @@ IDS = torch.ones(1, 3, dtype=torch.long)
         ({"input_ids": IDS, "labels": IDS[0]}, "not all"),
         ({"input_ids": IDS, "labels": IDS, "attention_mask": torch.tensor([[0, 1, 1]])}, "not on the right"),
         ({"input_ids": IDS, "labels": IDS, "attention_mask": torch.tensor([[1, 0, 1]])}, "not on the right"),
-        ({"input_ids": IDS, "labels": IDS, "attention_mask": IDS, "position_ids": IDS}, "both"),
+        ({"input_ids": IDS, "labels": IDS, "attention_mask": torch.tensor([[1, 1, 0]])}, "padding has labels"),
+        ({"input_ids": IDS, "labels": IDS, "attention_mask": IDS, "position_ids": AGAIN}, "does not keep"),
+        ({"input_ids": IDS, "labels": IDS, "attention_mask": NUMBERED, "position_ids": AGAIN}, "does not keep"),
         ({"input_ids": IDS, "labels": IDS, "position_ids": torch.tensor([[4, 5, 6]])}, "do not start at 0"),
     ],
 )

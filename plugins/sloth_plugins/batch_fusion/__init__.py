@@ -1,8 +1,9 @@
 """Batch fusion: the micro-batches of an accumulation step pass together, without padding.
 
 ``documents`` keeps rows apart that are laid end to end, ``rows`` takes batches apart and lays them, ``budget`` says how
-many passes pay, ``fusion`` puts them into the trainer's loop, ``obstacles`` are the reasons not to.
-docs/batch-fusion.md tells the whole.
+many passes pay, ``fusion`` puts them into the trainer's loop, ``means`` weighs micro-batches as the host does,
+``obstacles`` are the reasons not to, ``next_tokens`` and ``overrides`` some of them. docs/batch-fusion.md tells the
+whole.
 """
 
 from __future__ import annotations
@@ -35,8 +36,20 @@ def sloth_patch_trainer(trainer: Any, model: nn.Module, run: Run, edits: Edits) 
     reason = obstacle(trainer, model, run)
     if reason is not None:
         return [Finding("skipped", "micro-batches", reason, CAPABILITY)]
-    Fusion(trainer, Budget(planner_of(model), autocast_of(trainer)), longest_document(model.config)).install(edits)
+    apart = not trainer.model_accepts_loss_kwargs and _trains_head(model)
+    budget = Budget(planner_of(model), autocast_of(trainer))
+    Fusion(trainer, budget, longest_document(model.config), apart).install(model, edits)
+    if apart:
+        words = (
+            "each micro-batch passes without padding; several would hold a gradient of the head each, since the host "
+            "takes the mean of each"
+        )
+        return [Finding("changed", "micro-batches", words, CAPABILITY)]
     words = (
         "the rows of an accumulation step pass together, without padding, in as few passes as the memory plan allows"
     )
     return [Finding("changed", "micro-batches", words, CAPABILITY)]
+
+
+def _trains_head(model: Any) -> bool:
+    return any(p.requires_grad for p in model.get_output_embeddings().parameters())

@@ -4,7 +4,8 @@ The loop takes all micro-batches of a step from ``get_batch_samples`` and hands 
 gets the host's own list, so that its steps, counts, callbacks and checkpoints are the host's; but the last item of the
 list stands for all passes, and the others cost nothing. Between passes the host waits for nothing, and with data
 parallelism the last one synchronises. The loss of a pass is the sum over its tokens divided by ``num_items_in_batch``,
-which the host counts for the whole step, so that the passes add up to the gradient that the micro-batches add up to.
+which the host counts for the whole step, so that the passes add up to the gradient that the micro-batches add up to;
+where the host takes means of micro-batches instead, ``means`` does the same.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import logging
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,12 +25,21 @@ from sloth_kernels.documents import remember
 from sloth_plugins.batch_fusion.ahead import Ahead
 from sloth_plugins.batch_fusion.budget import Budget
 from sloth_plugins.batch_fusion.known_loss import Copy, KnownLoss
-from sloth_plugins.batch_fusion.rows import Rows, UnfitError, divided, joined, positions, rows_of
+from sloth_plugins.batch_fusion.means import Means
+from sloth_plugins.batch_fusion.overrides import HostCounts
+from sloth_plugins.batch_fusion.rows import Rows, Share, UnfitError, divided, joined, positions, rows_of
 
 log = logging.getLogger(__name__)
 
 LOOP = ("get_batch_samples", "training_step", "compute_loss", "get_train_dataloader")
 """The trainer's methods that are replaced, and that it may not have written anew."""
+
+
+class Pass(NamedTuple):
+    """What the model is called with once, and what that is of micro-batches."""
+
+    inputs: dict[str, torch.Tensor]
+    shares: tuple[Share, ...]
 
 
 class Fusion:
@@ -38,21 +49,26 @@ class Fusion:
         trainer: whose methods are replaced; it is not kept alive.
         budget: how large a pass may be.
         longest: documents of more tokens are left to the host; None for no limit.
+        apart: no pass is of two micro-batches.
     """
 
-    def __init__(self, trainer: Any, budget: Budget, longest: int | None) -> None:
+    def __init__(self, trainer: Any, budget: Budget, longest: int | None, apart: bool = False) -> None:
         self.trainer = weakref.ref(trainer)
-        self.budget, self.longest = budget, longest
-        self.work: list[tuple[Any, list[dict[str, torch.Tensor]]]] = []
+        self.budget, self.longest, self.apart = budget, longest, apart
+        self.means = None if trainer.model_accepts_loss_kwargs else Means()
+        """The loss, where the host takes a mean of each micro-batch."""
+        self.work: list[tuple[Any, list[Pass]]] = []
         """Micro-batches of the step, each with the passes that it stands for."""
         self.ahead: Ahead | None = None
         self.losses: list[Copy] = []
         """Those of the passes of the step that runs, on their way to the host."""
         self.told: set[str] = set()
 
-    def install(self, edits: Edits) -> None:
-        """Replace the trainer's methods."""
+    def install(self, model: Any, edits: Edits) -> None:
+        """Replace the trainer's methods, and the loss function of ``model`` where means are taken."""
         trainer = self.trainer()
+        if self.means is not None:
+            self.means.install(model, edits)
         for name in LOOP:
             ours, original = getattr(self, name), getattr(type(trainer), name)
             setattr(trainer, name, types.MethodType(_around(ours, original), trainer))
@@ -74,14 +90,14 @@ class Fusion:
             self.ahead = Ahead(epoch_iterator)
         batches, count = original(trainer, self.ahead, num_batches, device)
         self.work, self.losses = [], []
-        if batches and count is not None:
+        if batches and (count is not None or self.means is not None):
             try:
                 passes = self._passes(batches)
             except UnfitError as reason:
                 self._tell(f"a micro-batch is passed as it is: {reason}")
             else:
                 self.work = [(batch, []) for batch in batches]
-                self.work[-1][1].extend(_inputs(rows, device) for rows in passes)
+                self.work[-1][1].extend(Pass(_inputs(rows, device), rows.shares) for rows in passes)
         return batches, count
 
     def _passes(self, batches: Sequence[Mapping[str, Any]]) -> list[Rows]:
@@ -91,6 +107,10 @@ class Fusion:
             raise UnfitError("it has no tokens")
         if self.longest is not None and max(rows.lengths) > self.longest:
             raise UnfitError(f"a row is longer than the {self.longest:,} tokens that the model's attention sees")
+        if self.means is not None and not all(part.shares[0].trained for part in parts):
+            raise UnfitError("it trains no token, and has no mean")
+        if self.apart:
+            return parts
         largest = max(part.padded for part in parts)
         return self.budget.best([divided(rows, n) for n in range(1, len(parts) + 1)], largest)
 
@@ -103,16 +123,23 @@ class Fusion:
             return original(trainer, model, inputs, num_items_in_batch)
         if not passes:
             return torch.zeros((), device=trainer.args.device)
-        *earlier, last = passes
-        losses = []
+        step = functools.partial(self._pass, original, trainer, model, num_items_in_batch)
+        counts, losses = HostCounts(trainer), []
         with self.budget.transient():
-            for one in earlier:
+            for one in passes[:-1]:
                 with trainer.accelerator.no_sync(model):
-                    losses.append(original(trainer, model, one, num_items_in_batch))
-            losses.append(original(trainer, model, last, num_items_in_batch))
+                    losses.append(step(one))
+            losses.append(step(passes[-1]))
+        counts.settle(batch for batch, _ in self.work)
         self._fetch_ahead(trainer)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         return KnownLoss(loss, self.losses) if len(self.losses) == len(losses) else loss
+
+    def _pass(
+        self, original: Callable[..., Any], trainer: Any, model: Any, num_items_in_batch: Any, one: Pass
+    ) -> torch.Tensor:
+        with nullcontext() if self.means is None else self.means.of(one.shares):
+            return original(trainer, model, one.inputs, num_items_in_batch)
 
     def compute_loss(self, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's loss; in training it is sent home before backward is asked for."""

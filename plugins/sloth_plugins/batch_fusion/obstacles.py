@@ -8,9 +8,9 @@ from typing import Any
 from sloth_backend.run import Run
 from sloth_plugins.batch_fusion.documents import drops, kept_apart
 from sloth_plugins.batch_fusion.fusion import LOOP
+from sloth_plugins.batch_fusion.next_tokens import calls_loss_function, other_labels
+from sloth_plugins.batch_fusion.overrides import COUNTS_TOKENS, objections
 
-KNOWN = ("transformers.trainer", "trl.trainer.sft_trainer", "trl.trainer.base_trainer")
-"""Modules whose versions of ``LOOP`` add the losses of micro-batches, divided by the tokens of all of them."""
 ADDITIVE_LOSSES = ("nll", "chunked_nll")
 PARALLEL = ("NO", "MULTI_GPU", "MULTI_CPU")
 """accelerate's kinds of runs in which a process may pass as often as it likes before the last backward."""
@@ -24,14 +24,15 @@ def obstacle(trainer: Any, model: Any, run: Run) -> str | None:
 def _obstacles(trainer: Any, model: Any, run: Run) -> Iterator[str]:
     if run.config.accumulation == "host":
         yield "accumulation='host'"
+    if (reason := other_labels(model)) is not None:
+        yield f"labels may not be next tokens: {reason}"
     if not kept_apart(model):
         yield "rows laid end to end would not be kept apart"
     for name in LOOP:
-        owner = next((kind for kind in type(trainer).__mro__ if name in vars(kind)), None)
-        if owner is not None and owner.__module__ not in KNOWN:
-            yield f"{owner.__name__} has a {name} of its own"
+        yield from objections(trainer, model, name)
         if name in vars(trainer):
             yield f"somebody else has replaced the trainer's {name}"
+    yield from _packing(trainer.args)
     yield from _losses(trainer, model)
     yield from _randomness(trainer, model, run)
     kind = trainer.accelerator.distributed_type
@@ -39,13 +40,24 @@ def _obstacles(trainer: Any, model: Any, run: Run) -> Iterator[str]:
         yield f"the run is spread as {kind}, where all processes have to pass equally often"
     if getattr(trainer.accelerator, "parallelism_config", None) is not None:
         yield "rows are spread over several processes"
+    if trainer.args.world_size > 1 and getattr(trainer.args, COUNTS_TOKENS, False):
+        yield f"{COUNTS_TOKENS} has all processes add their counts at each pass"
+
+
+def _packing(args: Any) -> Iterator[str]:
+    """Axolotl drops the mask of packed rows where ``attn_implementation`` says what reads positions instead."""
+    if getattr(args, "sample_packing", False) and not getattr(args, "sample_packing_drop_attention_mask", False):
+        yield (
+            "sample_packing gives rows an attention_mask, with which transformers lets the documents of a row see each "
+            "other; with `attn_implementation: sdpa` they are kept apart, and pass together"
+        )
 
 
 def _losses(trainer: Any, model: Any) -> Iterator[str]:
     """Losses that are not the sum of what each token costs."""
     args = trainer.args
-    if not trainer.model_accepts_loss_kwargs:
-        yield "the loss of each micro-batch is a mean of its own: the model takes no num_items_in_batch"
+    if not trainer.model_accepts_loss_kwargs and not calls_loss_function(vars(model).get("forward", model.forward)):
+        yield "each micro-batch counts as its mean, but the model's forward was replaced and may make another loss"
     if trainer.compute_loss_func is not None:
         yield "compute_loss_func may not be additive"
     if getattr(trainer, "label_smoother", None) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,22 @@ SAY_THE_SAME = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max
 """What a batch may carry beside, which the positions say already."""
 
 
+LEAKS = (
+    "its position_ids start anew within a row, but it carries an attention_mask too, with which the model's attention "
+    "does not keep the documents of a row apart"
+)
+"""Both sdpa and eager of transformers look for documents in positions only where there is no mask (masking_utils)."""
+
+
 class UnfitError(Exception):
     """A batch that cannot be taken apart into rows; the message says why."""
+
+
+class Share(NamedTuple):
+    """The next ``tokens``, of a batch in which ``trained`` have a label."""
+
+    tokens: int
+    trained: int
 
 
 @dataclass(frozen=True)
@@ -32,12 +46,14 @@ class Rows:
         labels: (T,), each the token's own; ``IGNORED`` where a row of a batch begins, as nothing comes before it.
         lengths: of the documents: a row of a packed batch holds several. Their sum is T.
         padded: the tokens of the batch that they are from, padding included.
+        shares: for each batch that they are from, its tokens here and the trained ones of all of it; as long as T.
     """
 
     input_ids: Tensor
     labels: Tensor
     lengths: tuple[int, ...]
     padded: int
+    shares: tuple[Share, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -54,14 +70,27 @@ def rows_of(batch: Mapping[str, Any]) -> Rows:
     _check(batch)
     ids, labels = batch["input_ids"], batch["labels"].clone()
     labels[:, 0] = IGNORED
-    kept = batch.get("attention_mask")
-    if kept is None:
-        return Rows(ids.reshape(-1), labels.reshape(-1), _documents(ids, batch.get("position_ids")), ids.numel())
+    mask, at = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is None:
+        documents = _documents(ids, at)
+        ids_T, labels_T = ids.reshape(-1), labels.reshape(-1)
+    else:
+        lengths = _lengths(mask != 0, labels, at)
+        documents = tuple(n for n in lengths if n)
+        ids_T, labels_T = (torch.cat([row[:n] for row, n in zip(t, lengths, strict=True)]) for t in (ids, labels))
+    share = Share(len(ids_T), int((labels_T != IGNORED).sum()))
+    return Rows(ids_T, labels_T, documents, ids.numel(), (share,))
+
+
+def _lengths(kept: Tensor, labels: Tensor, positions: Tensor | None) -> list[int]:
+    """Tokens of each row, of which ``kept`` (B, S) says what is no padding. Models see any number but 0 as kept."""
     if bool((kept[:, 1:] > kept[:, :-1]).any()):
         raise UnfitError("its padding is not on the right")
-    lengths = kept.sum(1).tolist()
-    flat_ids, flat_labels = (torch.cat([row[:n] for row, n in zip(t, lengths, strict=True)]) for t in (ids, labels))
-    return Rows(flat_ids, flat_labels, tuple(n for n in lengths if n), ids.numel())
+    if bool((labels[~kept] != IGNORED).any()):
+        raise UnfitError("its padding has labels")
+    if positions is not None and bool((positions - torch.arange(kept.shape[1], device=kept.device))[kept].any()):
+        raise UnfitError(LEAKS)
+    return kept.sum(1).tolist()
 
 
 def _check(batch: Mapping[str, Any]) -> None:
@@ -73,8 +102,6 @@ def _check(batch: Mapping[str, Any]) -> None:
     shapes = {tuple(batch[name].shape) for name in names & USED}
     if len(shapes) > 1 or len(next(iter(shapes))) != 2:
         raise UnfitError(f"its tensors are {', '.join(map(str, sorted(shapes)))}, not all (rows, length)")
-    if {"attention_mask", "position_ids"} <= names:
-        raise UnfitError("it carries both attention_mask and position_ids")
 
 
 def _documents(ids: Tensor, positions: Tensor | None) -> tuple[int, ...]:
@@ -91,23 +118,37 @@ def _documents(ids: Tensor, positions: Tensor | None) -> tuple[int, ...]:
 def joined(parts: Sequence[Rows]) -> Rows:
     """All of them as one."""
     ids, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("input_ids", "labels"))
-    return Rows(ids, labels, tuple(n for part in parts for n in part.lengths), sum(part.padded for part in parts))
+    lengths = tuple(n for part in parts for n in part.lengths)
+    shares = tuple(share for part in parts for share in part.shares)
+    return Rows(ids, labels, lengths, sum(part.padded for part in parts), shares)
 
 
 def divided(rows: Rows, count: int) -> list[Rows]:
     """``rows`` in at most ``count`` parts of about as many tokens, no document cut in two, in the order they have.
 
-    A document goes where its middle is, so that no part is longer than its share and the longest document.
+    Documents whose first token is the label of the last one before stay with it. A document goes where the middle of
+    its kin is, so that no part is longer than its share and the longest of them.
     """
     ends = list(accumulate(rows.lengths, initial=0))
-    middles = [(begin + end) / 2 for begin, end in pairwise(ends)]
+    free = [True, *(rows.labels[ends[1:-1]] == IGNORED).tolist()]
+    bounds = [*(number for number, is_free in enumerate(free) if is_free), len(free)]
+    middles = [(ends[first] + ends[last]) / 2 for first, last in pairwise(bounds)]
     parts = []
     for _, numbers in groupby(range(len(middles)), key=lambda i: int(middles[i] * count / rows.tokens)):
         first, *_, last = [*numbers] * 2
-        begin, end = ends[first], ends[last + 1]
-        documents = rows.lengths[first : last + 1]
-        parts.append(Rows(rows.input_ids[begin:end], rows.labels[begin:end], documents, end - begin))
+        documents = slice(bounds[first], bounds[last + 1])
+        begin, end = ends[documents.start], ends[documents.stop]
+        shares = _between(rows.shares, begin, end)
+        part = Rows(rows.input_ids[begin:end], rows.labels[begin:end], rows.lengths[documents], end - begin, shares)
+        parts.append(part)
     return parts
+
+
+def _between(shares: Sequence[Share], begin: int, end: int) -> tuple[Share, ...]:
+    """What the tokens from ``begin`` to before ``end`` have of each batch."""
+    bounds = pairwise(accumulate((share.tokens for share in shares), initial=0))
+    overlaps = [min(end, last) - max(begin, first) for first, last in bounds]
+    return tuple(Share(n, share.trained) for n, share in zip(overlaps, shares, strict=True) if n > 0)
 
 
 def positions(lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from sloth_backend.findings import Edits, Finding
 from sloth_backend.hookspecs import hookimpl
 from sloth_backend.roles import Role
-from sloth_backend.run import Run
+from sloth_backend.run import Run, is_causal_lm
 from sloth_kernels.op import Op
 from sloth_kernels.registry import load_ops
 from sloth_plugins.kernel_patching.lora import patch_linears
@@ -35,7 +35,7 @@ def sloth_roles() -> list[Role]:
 @hookimpl
 def sloth_check(run: Run, model: Any) -> list[str]:
     """Only causal language models have what the loss and the roles are for."""
-    if model is None or _is_causal_lm(model):
+    if model is None or is_causal_lm(model):
         return []
     return [
         f"the model is a {type(model).__name__}, which is no causal language model (no output embeddings, or an "
@@ -53,8 +53,3 @@ def sloth_patch_model(
     if run.config.allows(CAPABILITY) and CAPABILITY in ops:
         findings.append(patch_loss(model, ops[CAPABILITY], edits))
     return findings
-
-
-def _is_causal_lm(model: Any) -> bool:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return head is not None and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
