@@ -24,9 +24,9 @@ class Parking:
         self.rings = make_rings(self.device, min_bytes=1)
         original = passes.Passes.__init__
 
-        def with_rings(this: Any, model: Any, layers: Any, planner: Any, cache: Any, rings: Any) -> None:
+        def with_rings(this: Any, model: Any, layers: Any, planner: Any, cache: Any, rings: Any, *rest: Any) -> None:
             planner.offloads = True
-            original(this, model, layers, planner, cache, self.rings)
+            original(this, model, layers, planner, cache, self.rings, *rest)
 
         monkeypatch.setattr(passes.Passes, "__init__", with_rings)
         monkeypatch.setattr(planner.plans, "choose", self.choose)
