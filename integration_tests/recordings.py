@@ -11,10 +11,10 @@ from sloth_kernels.recording import Named, _leaves
 
 
 class Repeats:
-    """A ``Capture``. ``recorded`` and ``played`` count."""
+    """A ``Capture``. ``recorded``, ``played`` and ``lent`` (tensors) count."""
 
     def __init__(self) -> None:
-        self.recorded = self.played = 0
+        self.recorded = self.played = self.lent = 0
 
     def record(self, work: Callable[[], Named]) -> tuple[Named, Callable[[], object]]:
         self.recorded += 1
@@ -27,6 +27,10 @@ class Repeats:
                     old.data.copy_(new)
 
         return made, play
+
+    def unowned(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.lent += 1
+        return tensor
 
 
 class Refuses:

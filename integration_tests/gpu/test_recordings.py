@@ -13,11 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import sloth_backend
 from integration_tests.plugins.layer_programs.common import quantised
 from sloth_kernels.documents import remember
+from sloth_kernels.recording import CudaCapture
 from sloth_plugins.program_layers import planner_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
-SIZES = ((100, 90, 60), (120, 70, 66), (128, 100, 28), (90, 80, 86))
-PASSES = 8
+SIZES = ((100, 90, 60), (120, 70, 66), (200, 100, 50), (128, 100, 28), (90, 80, 86))
+PASSES = 10
 
 
 def make_model(kind: str) -> Any:
@@ -77,3 +78,19 @@ def test_numbers_are_those_of_passes_that_launch_every_kernel(
     assert len(runs[0]) == len(runs[1])
     for launched, played in zip(*runs, strict=True):
         assert torch.equal(launched, played) or (launched - played).abs().max() <= 2e-2 * launched.abs().max()
+
+
+def test_recordings_of_other_passes_use_the_memory_that_is_lent() -> None:
+    x = torch.randn(1 << 20, device="cuda")
+    capture = CudaCapture(x.device)
+    first, play_first = capture.record(lambda: {"y": x + 1})
+    play_first()
+    assert torch.equal(first["y"], x + 1)
+    address, unowned = first["y"].data_ptr(), capture.unowned(first["y"])
+    del first
+    second, play_second = capture.record(lambda: {"y": x * 2})
+    assert second["y"].data_ptr() == address == unowned.data_ptr()
+    play_second()
+    assert torch.equal(unowned, x * 2)
+    play_first()
+    assert torch.equal(unowned, x + 1)

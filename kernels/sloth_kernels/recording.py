@@ -34,7 +34,11 @@ class Capture(Protocol):
     """The device's own way to do work again."""
 
     def record(self, work: Callable[[], Named]) -> tuple[Named, Callable[[], object]]:
-        """Do ``work``; return what it made, and what makes it anew in the same memory."""
+        """Where ``work`` makes what it makes, and what does the work there; it may not have been done yet."""
+        ...
+
+    def unowned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The memory of ``tensor``, which other recordings may use once nobody else holds the tensor itself."""
         ...
 
 
@@ -55,8 +59,25 @@ class CudaCapture:
             finally:
                 graph.capture_end()
         current.wait_stream(self.stream)
-        graph.replay()
         return made, graph.replay
+
+    def unowned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See ``Capture``. The graphs keep the pool, and with it the memory."""
+        whole = torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)
+        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+class _Memory:
+    """The storage of a tensor as bytes, by its address alone."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.__cuda_array_interface__ = {
+            "shape": (storage.nbytes(),),
+            "typestr": "|u1",
+            "data": (storage.data_ptr(), False),
+            "version": 3,
+        }
 
 
 @contextmanager
@@ -82,10 +103,15 @@ class Recording:
     """
 
     def __init__(self, capture: Capture, work: Work, inputs: Named, fixed: set[int]) -> None:
-        self.slots = [_slot(leaf, fixed) for leaf in _leaves(inputs)]
-        self.outputs, self.replay = capture.record(lambda: work(_filled(inputs, self.slots)))
+        def recorded() -> Named:
+            self.slots = self.slots or [_slot(leaf, fixed) for leaf in _leaves(inputs)]
+            return work(_filled(inputs, self.slots))
+
+        self.capture, self.lent, self.slots = capture, False, list[Any]()
+        self.outputs, self.replay = capture.record(recorded)
         self.addresses = {leaf.data_ptr() for leaf in _leaves(self.outputs) if isinstance(leaf, torch.Tensor)}
         fixed |= self.addresses
+        self.play(inputs)
 
     def play(self, inputs: Named) -> Named:
         """The outputs for ``inputs``, of the form of those recorded; they last until the next call."""
@@ -94,6 +120,17 @@ class Recording:
                 slot.copy_(leaf)
         self.replay()
         return self.outputs
+
+    def lend(self) -> None:
+        """Let recordings of other passes use its memory: nobody needs what this one left any more."""
+        if self.lent:
+            return
+        self.lent = True
+        self.slots = [self._unowned(slot) for slot in self.slots]
+        self.outputs = _filled(self.outputs, [self._unowned(leaf) for leaf in _leaves(self.outputs)])
+
+    def _unowned(self, leaf: Any) -> Any:
+        return self.capture.unowned(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _leaves(named: Named) -> list[Any]:
@@ -127,11 +164,9 @@ def _slot(leaf: Any, fixed: set[int]) -> Any:
     """Where a recording reads what is ``leaf`` now."""
     if not isinstance(leaf, torch.Tensor) or leaf.data_ptr() in fixed:
         return leaf
-    if leaf.is_contiguous():
-        return leaf.clone()
     # Stages may look at the columns behind a row.
     whole = leaf.new_empty(leaf.untyped_storage().nbytes() // leaf.element_size())
-    return whole.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset()).copy_(leaf)
+    return whole.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
 
 
 class Part:
@@ -186,10 +221,18 @@ class Tape:
 
     def clear(self) -> None:
         """Let go of all recordings."""
-        for _, parts in self.parts.values():
-            for part in parts:
-                self.fixed -= part.recording.addresses if part.recording is not None else set()
+        for recording in self._recordings():
+            self.fixed -= recording.addresses
         self.parts, self.wants = {}, None
+
+    def lend(self) -> None:
+        """See ``Recording.lend``."""
+        for recording in self._recordings():
+            recording.lend()
+
+    def _recordings(self) -> list[Recording]:
+        every = [part for _, parts in self.parts.values() for part in parts]
+        return [part.recording for part in every if part.recording is not None]
 
     def forward(self, frame: Any, steps: tuple[Step, ...], values: dict[str, Any]) -> None:
         """``frame.run(steps, values)``, played where it can be."""

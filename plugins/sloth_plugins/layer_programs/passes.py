@@ -103,7 +103,7 @@ class Passes:
         shape, self.began = shape_of(x, mask, alone=began and self.began), began
         self.plan, self.shape = self.planner.planned(shape, x.device), shape
         self.cache.hold(self.plan.cached_layers)
-        self.tapes = self.replays.tapes(shape, self.plan)
+        self.tapes = self.replays.tapes(x, shape, self.plan)
         away = [len(level.offloaded) for level in self.plan.levels]
         self.to_come = list(accumulate(reversed(away)))[::-1]
         if self.rings is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,12 +15,24 @@ from sloth_kernels.schedule import INPUT
 from sloth_plugins.layer_programs.costs import Shape
 from sloth_plugins.layer_programs.planner import Planner
 
-SEEN = 2
-"""Passes of a shape before one is recorded: by then its kernels are compiled and loaded."""
+SEEN = 1
+"""Passes of a form before one is recorded: by then its kernels are compiled and loaded."""
+
+
+class Form(NamedTuple):
+    """What passes have in common that launch the same kernels."""
+
+    size: torch.Size
+    autocast: torch.dtype | None
+    kept: tuple[frozenset[str], ...]
+    """By layer."""
+    cached_layers: int
 
 
 class Replays:
-    """The tapes of one model, for passes of each shape that is worth it, while memory allows.
+    """The tapes of one model, for passes of each form that is worth it, while memory allows.
+
+    Recordings of all forms share their memory: it holds what one pass needs.
 
     Args:
         planner: of its passes.
@@ -29,25 +41,28 @@ class Replays:
 
     def __init__(self, planner: Planner, capture: Capture | None) -> None:
         self.planner, self.capture = planner, capture
-        self.known: dict[Shape, Tapes] = {}
-        self.seen: Counter[Shape] = Counter()
-        self.bytes = 0
+        self.known: dict[Form, Tapes] = {}
+        self.seen: Counter[Form] = Counter()
+        self.last: Tapes | None = None
         givers.add(self)
 
-    def tapes(self, shape: Shape, plan: MemoryPlan) -> Tapes | None:
-        """Those for a pass that begins; None where it launches every kernel by itself."""
-        if self.capture is None or not self.planner.transient:
+    def tapes(self, x: torch.Tensor, shape: Shape, plan: MemoryPlan) -> Tapes | None:
+        """Those for a pass that begins with ``x`` (B, S, H); None where it launches every kernel by itself."""
+        if self.capture is None or not self.planner.transient or (self.last is not None and self.last.playing()):
             return None
-        if shape not in self.known:
-            self.seen[shape] += 1
-            if self.seen[shape] <= SEEN or not self._is_worth_it(shape, plan):
-                return None
-            self.known[shape] = Tapes(self.capture, plan)
-        found = self.known[shape]
-        if any(tape.broken for tape in found.layers):
+        if self.last is not None and self.last.broken():
             self.give_up()
             return None
-        return found if found.plan is plan and not found.playing() else None
+        form = _form(x, shape, plan)
+        if form not in self.known:
+            self.seen[form] += 1
+            if self.seen[form] <= SEEN or not self._is_worth_it(shape, plan):
+                return None
+            self.known[form] = Tapes(self.capture, len(plan.levels))
+        if self.last is not None:
+            self.last.lend()
+        self.last = self.known[form]
+        return self.last
 
     def _is_worth_it(self, shape: Shape, plan: MemoryPlan) -> bool:
         if any(level.offloaded or level.tile_rows for level in plan.levels):
@@ -56,11 +71,8 @@ class Replays:
         hidden = int(self.planner.traced[shape.autocast][0].widths[INPUT] * shape.tokens)
         needed = sum(max(0, level.device_bytes) + 4 * hidden for level in plan.levels)
         peak = max(chosen.plan.predicted_peak_bytes for chosen in self.planner.plans.values())
-        fits = plan.budget_bytes is None or peak + self.bytes + needed <= plan.budget_bytes
-        if not fits or not self.planner.waits_for_host(shape):
-            return False
-        self.bytes += needed
-        return True
+        fits = plan.budget_bytes is None or peak + needed <= plan.budget_bytes
+        return fits and self.planner.waits_for_host(shape)
 
     def give_up(self) -> bool:
         """Let go of all recordings and make none from now on; whether there were any."""
@@ -70,22 +82,41 @@ class Replays:
 
     def stop(self) -> None:
         """As ``give_up``."""
-        self.known, self.capture, self.bytes = {}, None, 0
+        self.known, self.capture, self.last = {}, None, None
+
+
+def _form(x: torch.Tensor, shape: Shape, plan: MemoryPlan) -> Form:
+    """What a pass launches follows from its size and its plan; neither from the longest document nor from its step."""
+    kept = tuple(level.kept for level in plan.levels)
+    return Form(x.shape, shape.autocast, kept, plan.cached_layers)
 
 
 class Tapes:
-    """A tape for each layer, for passes under ``plan``, and the constants that all layers read."""
+    """A tape for each layer, and the constants that all layers read.
 
-    def __init__(self, capture: Capture, plan: MemoryPlan) -> None:
-        self.plan = plan
+    Args:
+        capture: the device's.
+        layers: how many.
+    """
+
+    def __init__(self, capture: Capture, layers: int) -> None:
         self.fixed: set[int] = set()
-        self.layers = [Tape(capture, self.fixed) for _ in plan.levels]
+        self.layers = [Tape(capture, self.fixed) for _ in range(layers)]
         self._placed: dict[str, torch.Tensor] = {}
         self._sources: dict[str, Any] = {}
 
     def playing(self) -> bool:
         """Whether a pass still needs what it has played."""
         return any(tape.playing is not None and tape.playing() is not None for tape in self.layers)
+
+    def broken(self) -> bool:
+        """Whether a layer could not be recorded."""
+        return any(tape.broken for tape in self.layers)
+
+    def lend(self) -> None:
+        """Let recordings of other passes use the memory, once this pass is over."""
+        for tape in self.layers:
+            tape.lend()
 
     def placed(self, constants: Mapping[str, Any]) -> dict[str, Any]:
         """``constants`` where recordings read them: copied once for all layers of a pass."""
