@@ -1,11 +1,12 @@
 """The micro-batches of an accumulation step as few passes, inside the loop of ``transformers.Trainer``.
 
 The loop takes all micro-batches of a step from ``get_batch_samples`` and hands each to ``training_step``. It still
-gets the host's own list, so that its steps, counts, callbacks and checkpoints are the host's; but the last item of the
-list stands for all passes, and the others cost nothing. Between passes the host waits for nothing, and with data
-parallelism the last one synchronises. The loss of a pass is the sum over its tokens divided by ``num_items_in_batch``,
-which the host counts for the whole step, so that the passes add up to the gradient that the micro-batches add up to;
-where the host takes means of micro-batches instead, ``means`` does the same.
+gets the host's own list, so that its steps, counts, callbacks and checkpoints are the host's; but one item of the list
+stands for all passes, and the others cost nothing. It is the first, so that the device works while the host sees to
+the others; with data parallelism it is the last, at which processes exchange gradients. Between passes the host waits
+for nothing. The loss of a pass is the sum over its tokens divided by ``num_items_in_batch``, which the host counts for
+the whole step, so that the passes add up to the gradient that the micro-batches add up to; where the host takes means
+of micro-batches instead, ``means`` does the same.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class Fusion:
                 self._tell(f"a micro-batch is passed as it is: {reason}")
             else:
                 self.work = [(batch, []) for batch in batches]
-                self.work[-1][1].extend(Pass(_inputs(rows, device), rows.shares) for rows in passes)
+                carrier = self.work[-1 if trainer.accelerator.use_distributed else 0]
+                carrier[1].extend(Pass(_inputs(rows, device), rows.shares) for rows in passes)
         return batches, count
 
     def _passes(self, batches: Sequence[Mapping[str, Any]]) -> list[Rows]:
@@ -121,8 +123,15 @@ class Fusion:
         passes = next((made for batch, made in self.work if batch is inputs), None)
         if passes is None:
             return original(trainer, model, inputs, num_items_in_batch)
-        if not passes:
-            return torch.zeros((), device=trainer.args.device)
+        loss = self._passed(original, trainer, model, passes, num_items_in_batch) if passes else self._nothing(trainer)
+        if inputs is self.work[-1][0]:
+            self._fetch_ahead(trainer)
+        return loss
+
+    def _passed(
+        self, original: Callable[..., Any], trainer: Any, model: Any, passes: Sequence[Pass], num_items_in_batch: Any
+    ) -> torch.Tensor:
+        """The host's step on each pass, and the sum of their losses."""
         step = functools.partial(self._pass, original, trainer, model, num_items_in_batch)
         counts, losses = HostCounts(trainer), []
         with self.budget.transient():
@@ -131,9 +140,12 @@ class Fusion:
                     losses.append(step(one))
             losses.append(step(passes[-1]))
         counts.settle(batch for batch, _ in self.work)
-        self._fetch_ahead(trainer)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         return KnownLoss(loss, self.losses) if len(self.losses) == len(losses) else loss
+
+    def _nothing(self, trainer: Any) -> torch.Tensor:
+        """The loss of a micro-batch that passes with another."""
+        return KnownLoss(torch.zeros((), device=trainer.args.device), ())
 
     def _pass(
         self, original: Callable[..., Any], trainer: Any, model: Any, num_items_in_batch: Any, one: Pass

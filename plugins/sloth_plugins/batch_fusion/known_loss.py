@@ -39,7 +39,10 @@ class Copy(NamedTuple):
 
 
 class KnownLoss(Tensor):
-    """A loss on the device that answers ``ANSWERED`` from copies of its terms; a tensor like others in all else."""
+    """A loss on the device that answers ``ANSWERED`` from copies of its terms; a tensor like others in all else.
+
+    Without terms it is zero.
+    """
 
     copies: Sequence[Any]
 
@@ -54,7 +57,7 @@ class KnownLoss(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in ANSWERED and isinstance(args[0], KnownLoss):
-            return func(torch.stack([copy.read() for copy in args[0].copies]).sum())
+            return func(sum((copy.read() for copy in args[0].copies), torch.zeros(())))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*tree_map(_plain, args), **tree_map(_plain, dict(kwargs or {})))
 
