@@ -7,10 +7,12 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from integration_tests.benchmarks.training.workloads import Workload
+from integration_tests.benchmarks.training.workloads import Point, Workload
 
 DRIVER_GIB = 0.6
 """What the driver takes of a card before any tensor; the rest is the allocator's."""
+TRUTH_TOKENS = 4096
+"""Of one pass in float32 of a plain loop."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,14 @@ class Contender:
         return self.kind == "sloth"
 
     def runs(self, workload: Workload) -> bool:
-        """Whether it can run ``workload``: Axolotl brings its own loop; the truth is for the trainers' losses."""
+        """Whether it can run ``workload``: Axolotl brings its own loop."""
         if self.workloads and workload.name not in self.workloads:
             return False
-        return workload.loop == "trainer" or (self.kind != "axolotl" and not self.truth)
+        return workload.loop == "trainer" or self.kind != "axolotl"
+
+    def takes(self, workload: Workload, point: Point) -> bool:
+        """Whether it runs that point: the truth is slow, and of a plain loop it takes ``TRUTH_TOKENS`` at most."""
+        return not self.truth or workload.loop == "trainer" or point[0] * point[1] <= TRUTH_TOKENS
 
     def with_budget(self, budget_gb: float | None) -> Contender:
         """Itself, or where it trains within another's memory, itself with that as the run's ``vram_budget_gb``.

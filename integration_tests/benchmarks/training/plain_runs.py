@@ -25,7 +25,7 @@ def run(contender: Contender, workload: Workload, folder: Path, points: list[Poi
     base = round(allocated_gib(), 3)
     for at, point in enumerate(points):
         try:
-            yield {**measure(model, workload, point), "base_gib": base, **loading.findings(contender, model)}
+            yield {**measure(model, workload, point, not contender.truth), "base_gib": base, **loading.findings(contender, model)}
         except torch.OutOfMemoryError:
             yield from ({"status": "oom", "batch": batch, "length": length} for batch, length in points[at:])
             return
@@ -56,7 +56,7 @@ def optimized_model(contender: Contender, workload: Workload, folder: Path) -> A
     return sloth_backend.optimize(model, config=contender.options or None)
 
 
-def measure(model: Any, workload: Workload, point: Point) -> dict[str, Any]:
+def measure(model: Any, workload: Workload, point: Point, autocast: bool = True) -> dict[str, Any]:
     """The steps of one point, on the same rows each time."""
     start_adapters(model)
     ids = token_ids(point, model.config.vocab_size)
@@ -66,7 +66,7 @@ def measure(model: Any, workload: Workload, point: Point) -> dict[str, Any]:
     for _ in range(workload.steps):
         wait()
         start = time.perf_counter()
-        loss = step(model, optimizer, ids)
+        loss = step(model, optimizer, ids, autocast)
         wait()
         seconds.append(time.perf_counter() - start)
         losses.append(float(loss))
@@ -89,9 +89,9 @@ def make_optimizer(model: Any, workload: Workload) -> Any:
     return AdamW8bit(trained, lr=workload.learning_rate)
 
 
-def step(model: Any, optimizer: Any, ids: torch.Tensor) -> torch.Tensor:
-    """One step; returns its loss."""
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+def step(model: Any, optimizer: Any, ids: torch.Tensor, autocast: bool = True) -> torch.Tensor:
+    """One step, in bf16 or as the model is; returns its loss."""
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=autocast):
         loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     optimizer.step()

@@ -5,7 +5,7 @@ writes DIR/profile-CONTENDER-WORKLOAD.json and .md. The step's time is that of a
 the end of the one before it to its own; a trainer's says what of it went into making batches.
 
 usage: python -m integration_tests.benchmarks.training.profile_step CONTENDER WORKLOAD --out DIR [--model FOLDER]
-           [--point 1x65536]
+           [--point 1x65536] [--warmup 24]
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("workload", choices=workloads.WORKLOADS)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="a folder that models.py wrote; written if left out")
+    parser.add_argument("--warmup", type=int, help="steps before; the workload's own without it")
     parser.add_argument("--point", type=parse_points, help="batch x length; the workload's first without it")
     options = parser.parse_args()
     loading.first_imports(CONTENDERS[options.contender].kind)
@@ -146,7 +147,8 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU is visible to torch; the kernels' time is measured on one")
-    workload = workloads.get(options.workload, steps=workloads.WORKLOADS[options.workload].warmup + TRACED)
+    before = workloads.WORKLOADS[options.workload].warmup if options.warmup is None else options.warmup
+    workload = workloads.get(options.workload, steps=before + TRACED)
     point = options.point[0] if options.point else workload.points[0]
     folder = options.model or run.ensure_model(run.Settings(), workload)
     loading.imitate_card(CONTENDERS[options.contender].card_gib)

@@ -114,7 +114,7 @@ def trainer_section(workload: Workload, figures: dict[Key, Figures], verdicts: d
 def plain_section(workload: Workload, figures: dict[Key, Figures], verdicts: dict[Key, str]) -> list[str]:
     """One line a point, one column a contender."""
     points = sorted({key[2] for key in figures if key[0] == workload.name})
-    who = [name for name in CONTENDERS if any(key[:2] == (workload.name, name) for key in figures)]
+    who = [n for n, c in CONTENDERS.items() if not c.truth and any(key[:2] == (workload.name, n) for key in figures)]
     rows = []
     for point in points:
         cells = []

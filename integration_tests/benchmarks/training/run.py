@@ -66,7 +66,8 @@ def jobs(suite: Suite, asked: list[str], who: list[str], rounds: int, tiny: bool
             for contender in who:
                 if not CONTENDERS[contender].runs(workload) or (CONTENDERS[contender].truth and round_):
                     continue
-                points = results.missing(suite, name, contender, round_, workload.points)
+                wanted = [point for point in workload.points if CONTENDERS[contender].takes(workload, point)]
+                points = results.missing(suite, name, contender, round_, wanted)
                 if points:
                     yield Job(name, contender, round_, tuple(points))
 
