@@ -148,6 +148,22 @@ def test_glu_halves_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.autograd.grad(glu.glu(gate, up), (gate, up), upstream)
 
 
+@pytest.mark.parametrize("rank", [3, 40])
+def test_glu_backward_of_a_sum_that_is_not_written_down(rank: int) -> None:
+    rows, cols = 70, 150
+    wide = _randn(rows, cols + rank + 5)
+    dy, u, A, gate, up = (
+        wide[:, :cols],
+        wide[:, cols : cols + rank],
+        _randn(rank, cols),
+        _randn(rows, cols),
+        _randn(cols, rows).t(),
+    )
+    expected = glu.backward(dy + u @ A, gate, up, "silu")
+    for ours, theirs in zip(glu.low_rank_backward(dy, u, A, gate, up, "silu"), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("value", [-1e4, -30.0, 0.0, 30.0, 1e4])
 @pytest.mark.parametrize("variant", glu.VARIANTS)
 def test_glu_of_large_values(variant: str, value: float) -> None:

@@ -25,7 +25,11 @@ def run(contender: Contender, workload: Workload, folder: Path, points: list[Poi
     base = round(allocated_gib(), 3)
     for at, point in enumerate(points):
         try:
-            yield {**measure(model, workload, point, not contender.truth), "base_gib": base, **loading.findings(contender, model)}
+            yield {
+                **measure(model, workload, point, not contender.truth),
+                "base_gib": base,
+                **loading.findings(contender, model),
+            }
         except torch.OutOfMemoryError:
             yield from ({"status": "oom", "batch": batch, "length": length} for batch, length in points[at:])
             return

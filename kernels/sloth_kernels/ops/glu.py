@@ -99,12 +99,13 @@ def _glu_backward_kernel(
 @Launcher
 @triton.jit
 def _glu_low_rank_backward_kernel(
-    dy_ptr, u_ptr, A_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, cols, rank,
+    dy_ptr, u_ptr, A_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, cols, blocks, rank,
     dy_stride, u_stride, A_stride, gate_stride, up_stride,
     VARIANT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    # Programs that start together lie side by side in rows, so that pages of memory are read whole.
+    t = tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    i = tl.program_id(0) % blocks * BLOCK_I + tl.arange(0, BLOCK_I)
     r = tl.arange(0, BLOCK_R)
     t_wide = t.to(tl.int64)[:, None]
     mask = (t < rows)[:, None] & (i < cols)[None, :]
@@ -173,7 +174,7 @@ def kernel_takes(gate: torch.Tensor, up: torch.Tensor) -> bool:
     return gate.shape == up.shape and gate.dtype == up.dtype and gate.numel() > 0 and runs_triton(gate, up)
 
 
-LOW_RANK_TILE = (32, 128, 4)
+LOW_RANK_TILE = (32, 64, 4)
 """Rows, columns and warps of a program of ``low_rank_backward``."""
 MAX_RANK = 256
 
@@ -196,9 +197,10 @@ def low_rank_backward(
     up, up_stride, _ = row_strides(up)
     (rows, cols), rank = dy.shape, u_TR.shape[1]
     block_t, block_i, num_warps = LOW_RANK_TILE
+    blocks = cdiv(cols, block_i)
     _glu_low_rank_backward_kernel(
-        (cdiv(rows, block_t), cdiv(cols, block_i)),
-        dy, u_TR, A_RI, gate, up, dgate, dup, rows, cols, rank,
+        (blocks * cdiv(rows, block_t),),
+        dy, u_TR, A_RI, gate, up, dgate, dup, rows, cols, blocks, rank,
         dy.stride(0), u_TR.stride(0), A_RI.stride(0), gate_stride, up_stride,
         VARIANT=variant, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=max(16, next_power_of_2(rank)),
         num_warps=num_warps,
