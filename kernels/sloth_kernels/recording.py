@@ -20,12 +20,16 @@ from typing import Any, Protocol
 
 import torch
 
+from sloth_kernels.packing import Layout, nbytes
 from sloth_kernels.schedule import OUTPUT, Form, Step
 from sloth_kernels.values import Values
 
 Named = dict[str, Any]
 """Tensors, None, or lists and tuples of them, by name."""
 Work = Callable[[Named], Named]
+
+PACKED_BYTES = 64 << 20
+"""Of a part's gradients of operands: so many are packed, as autograd copies those that it may not keep one by one."""
 
 log = logging.getLogger("sloth_backend")
 
@@ -266,7 +270,7 @@ class Tape:
             values.update(made["values"])
             values.let_go(part.frees)
             grads |= made["grads"]
-            own |= made["own"]
+            own |= made["layout"].unpack(made["packed"]) if "layout" in made else made["own"]
         self.playing = None
         return own
 
@@ -308,7 +312,10 @@ def _backward(frame: Any, part: Part, wants: Any, given: Named) -> Named:
     values, grads = Values(given["values"], {}), dict(given["grads"])
     own = frame.run_back(part.steps, values, grads, wants)
     new = {name: value for name, value in values.items() if name not in given["values"]}
-    return {"values": new, "grads": grads, "own": own}
+    if nbytes(own) > PACKED_BYTES:
+        return {"values": new, "grads": grads, "own": own}
+    layout = Layout(own)
+    return {"values": new, "grads": grads, "packed": layout.pack(own), "layout": layout}
 
 
 def marks_of(bound: Sequence[Any]) -> list[Any]:

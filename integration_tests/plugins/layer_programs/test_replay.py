@@ -15,6 +15,7 @@ from integration_tests import tiny
 from integration_tests.plugins.layer_programs.common import assert_same, llama, switched_on, twins
 from integration_tests.recordings import Refuses, Repeats
 from integration_tests.sameness.architectures import make_batches
+from sloth_kernels import recording
 from sloth_kernels.documents import remember
 from sloth_plugins.layer_programs import passes as passes_module
 from sloth_plugins.layer_programs.replay import SEEN, Replays
@@ -75,6 +76,21 @@ def test_numbers_are_those_of_passes_that_launch_every_kernel(made: list[Replays
     assert capture.recorded >= layers * PARTS
     assert capture.recorded == layers * PARTS or memory == "least"
     assert capture.played == 4 * capture.recorded
+
+
+@pytest.mark.parametrize("most", [0, recording.PACKED_BYTES])
+def test_gradients_outlive_the_next_pass(made: list[Replays], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "PACKED_BYTES", most)
+    mine, stock = twins(llama())
+    batches = make_batches(SEEN + 4)
+    with transient(mine):
+        for model in (mine, stock):
+            for batch in batches:
+                model(**batch).loss.backward()
+    assert made[-1].known
+    named = zip(mine.named_parameters(), stock.parameters(), strict=True)
+    pairs = [(name, a.grad, b.grad) for (name, a), b in named if a.requires_grad]
+    assert_same({name: a for name, a, _ in pairs}, {name: b for name, _, b in pairs})
 
 
 def test_only_where_somebody_says_that_nothing_is_kept(made: list[Replays]) -> None:
