@@ -11,7 +11,6 @@ A recording holds good while the objects behind its stages are the very same (``
 from __future__ import annotations
 
 import gc
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,8 +29,6 @@ Work = Callable[[Named], Named]
 
 PACKED_BYTES = 64 << 20
 """Of a part's gradients of operands: so many are packed, as autograd copies those that it may not keep one by one."""
-
-log = logging.getLogger("sloth_backend")
 
 
 class Capture(Protocol):
@@ -210,7 +207,8 @@ class Tape:
         self.parts: dict[int, tuple[Any, list[Part]]] = {}
         self.wants: Any = None
         self.playing: weakref.ref[Any] | None = None
-        self.broken = False
+        self.broken = ""
+        """Why something could not be recorded."""
 
     def takes(self, frame: Any, bound: Sequence[Any]) -> bool:
         """Whether ``frame``, a call with the stages ``bound``, may play it: nobody else's values are in its memory."""
@@ -283,8 +281,7 @@ class Tape:
                 part.recording = Recording(self.capture, work, inputs, self.fixed)
                 return part.recording.outputs
             except RuntimeError as error:
-                self.broken = True
-                log.warning("a layer is launched kernel by kernel: it could not be recorded: %s", error)
+                self.broken = str(error)
         return work(inputs)
 
     def _split(self, frame: Any, steps: tuple[Step, ...]) -> list[Part]:

@@ -57,7 +57,7 @@ class Passes:
         rings: Rings | None,
         capture: Capture | None = None,
     ) -> None:
-        self.replays = Replays(planner, capture)
+        self.replays = Replays(planner, capture, self._say)
         self.tapes: Tapes | None = None
         self.model = weakref.ref(model)
         self.layers, self.planner, self.cache, self.rings = list(layers), planner, cache, rings

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
+from sloth_backend.findings import Finding
 from sloth_backend.plan import MemoryPlan
 from sloth_kernels.recording import Capture, Tape
 from sloth_kernels.relief import givers
@@ -17,6 +18,9 @@ from sloth_plugins.layer_programs.planner import Planner
 
 SEEN = 1
 """Passes of a form before one is recorded: by then its kernels are compiled and loaded."""
+CAPABILITY = "memory_plan"
+SHORT = "short passes"
+PLAYED = "their layers are launched as recordings (CUDA graphs), around attention, once a size has come before"
 
 
 class Form(NamedTuple):
@@ -37,10 +41,11 @@ class Replays:
     Args:
         planner: of its passes.
         capture: the device's; None where nothing can be recorded.
+        say: takes a Finding of what is done, or why not.
     """
 
-    def __init__(self, planner: Planner, capture: Capture | None) -> None:
-        self.planner, self.capture = planner, capture
+    def __init__(self, planner: Planner, capture: Capture | None, say: Callable[[Finding], None]) -> None:
+        self.planner, self.capture, self.say = planner, capture, say
         self.known: dict[Form, Tapes] = {}
         self.seen: Counter[Form] = Counter()
         self.last: Tapes | None = None
@@ -48,21 +53,31 @@ class Replays:
 
     def tapes(self, x: torch.Tensor, shape: Shape, plan: MemoryPlan) -> Tapes | None:
         """Those for a pass that begins with ``x`` (B, S, H); None where it launches every kernel by itself."""
-        if self.capture is None or not self.planner.transient or (self.last is not None and self.last.playing()):
-            return None
-        if self.last is not None and self.last.broken():
-            self.give_up()
+        if self.capture is None or not self.planner.transient or not self._is_over():
             return None
         form = _form(x, shape, plan)
         if form not in self.known:
             self.seen[form] += 1
             if self.seen[form] <= SEEN or not self._is_worth_it(shape, plan):
                 return None
+            if not self.known:
+                self.say(Finding("changed", SHORT, PLAYED, CAPABILITY))
             self.known[form] = Tapes(self.capture, len(plan.levels))
-        if self.last is not None:
-            self.last.lend()
         self.last = self.known[form]
         return self.last
+
+    def _is_over(self) -> bool:
+        """Whether nobody needs the last pass any more, and others may use its memory; and whether it worked."""
+        if self.last is None:
+            return True
+        if self.last.playing():
+            return False
+        if reason := self.last.broken():
+            self.say(Finding("warned", SHORT, f"launched kernel by kernel: cannot be recorded: {reason}", CAPABILITY))
+            self.give_up()
+            return False
+        self.last.lend()
+        return True
 
     def _is_worth_it(self, shape: Shape, plan: MemoryPlan) -> bool:
         if any(level.offloaded or level.tile_rows for level in plan.levels):
@@ -109,9 +124,9 @@ class Tapes:
         """Whether a pass still needs what it has played."""
         return any(tape.playing is not None and tape.playing() is not None for tape in self.layers)
 
-    def broken(self) -> bool:
-        """Whether a layer could not be recorded."""
-        return any(tape.broken for tape in self.layers)
+    def broken(self) -> str:
+        """Why a layer could not be recorded."""
+        return next((tape.broken for tape in self.layers if tape.broken), "")
 
     def lend(self) -> None:
         """Let recordings of other passes use the memory, once this pass is over."""
