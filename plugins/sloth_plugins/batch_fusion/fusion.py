@@ -23,8 +23,10 @@ import torch
 from sloth_backend.findings import Edits
 from sloth_kernels.documents import remember
 from sloth_plugins.batch_fusion.ahead import Ahead
+from sloth_plugins.batch_fusion.bookkeeping import settle, unhurried
 from sloth_plugins.batch_fusion.budget import Budget
-from sloth_plugins.batch_fusion.known_loss import Copy, KnownLoss
+from sloth_plugins.batch_fusion.known_loss import KnownLoss
+from sloth_plugins.batch_fusion.later import Copy
 from sloth_plugins.batch_fusion.means import Means
 from sloth_plugins.batch_fusion.overrides import HostCounts
 from sloth_plugins.batch_fusion.rows import Rows, Share, UnfitError, divided, joined, positions, rows_of
@@ -132,6 +134,7 @@ class Fusion:
             losses.append(step(passes[-1]))
         counts.settle(batch for batch, _ in self.work)
         self._fetch_ahead(trainer)
+        settle(trainer)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         return KnownLoss(loss, self.losses) if len(self.losses) == len(losses) else loss
 
@@ -141,9 +144,11 @@ class Fusion:
         with nullcontext() if self.means is None else self.means.of(one.shares):
             return original(trainer, model, one.inputs, num_items_in_batch)
 
-    def compute_loss(self, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's loss; in training it is sent home before backward is asked for."""
-        result = original(trainer, *args, **kwargs)
+    def compute_loss(self, original: Callable[..., Any], trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's loss; in training it is sent home, and the host's questions wait for nothing, before backward."""
+        training = self.work and torch.is_grad_enabled()
+        with unhurried(trainer, model) if training else nullcontext():
+            result = original(trainer, model, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if self.work and loss.is_cuda and loss.requires_grad:
             self.losses.append(Copy.of(loss))
