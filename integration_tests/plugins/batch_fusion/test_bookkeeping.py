@@ -17,11 +17,9 @@ from integration_tests.plugins.batch_fusion.slow_device import FakeCopy, SlowDev
 from integration_tests.plugins.batch_fusion.test_fusion import LENGTHS, tokens
 from sloth_kernels.known import know, known
 from sloth_kernels.ops.linear_cross_entropy import linear_cross_entropy
-from sloth_plugins.batch_fusion import later
+from sloth_plugins.batch_fusion import bookkeeping, later
 from sloth_plugins.batch_fusion.bookkeeping import Unhurried, settle
 from sloth_plugins.batch_fusion.later import Later
-
-PLAIN = (int, float, str, bool)
 
 
 class Books(TrainerCallback):
@@ -42,9 +40,11 @@ class Books(TrainerCallback):
         self.kinds |= {type(value) for value in (*logs.values(), *state.log_history[-1].values())}
 
 
-def train(folder: Path, backend: dict[str, Any] | None, device: SlowDevice | None = None) -> tuple[Any, Books]:
+def train(
+    folder: Path, backend: dict[str, Any] | None, device: SlowDevice | None = None, **more: Any
+) -> tuple[Any, Books]:
     books = Books()
-    steps = {"gradient_accumulation_steps": 4, "max_steps": 2, "optim": "sgd"}
+    steps = {"gradient_accumulation_steps": 4, "max_steps": 2, "optim": "sgd", **more}
     args = make_args(folder, gradient_checkpointing=False, save_strategy="steps", save_steps=2, **steps)
     options = {"peft_config": lora(init_lora_weights=False), "callbacks": [books], "backend": backend}
     books.trainer = trainer = make_trainer(folder, args=args, train_dataset=tokens(LENGTHS["short"]), **options)
@@ -78,6 +78,18 @@ def test_the_host_waits_for_nothing_and_logs_the_same(
     saved = json.loads((tmp_path / "late" / "checkpoint-2" / "trainer_state.json").read_text())
     assert saved["log_history"] == trainer.state.log_history[:2]
     assert len(trainer.model._forward_hooks) == 1  # the device's own
+
+
+def test_a_loss_that_reads_logits_logs_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, copies = {"print_report": False}, []
+    plain, _ = train(tmp_path / "plain", backend, loss_type="nll")
+    monkeypatch.setattr(bookkeeping, "DEVICES", ("cpu",))
+    send = lambda scalar: copies.append(scalar) or FakeCopy(scalar.detach().clone(), arrived=True)
+    monkeypatch.setattr(later.Copy, "of", send)
+    trainer, books = train(tmp_path / "late", backend, loss_type="nll")
+    assert len(copies) >= 4
+    assert history(trainer) == history(plain)
+    assert books.kinds <= {int, float}
 
 
 @pytest.fixture
