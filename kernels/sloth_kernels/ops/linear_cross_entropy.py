@@ -27,6 +27,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from sloth_kernels.cases.linear_cross_entropy import cases, timings
 from sloth_kernels.cross_entropy_rows import TORCH_TEMPORARIES, torch_rows, triton_rows
+from sloth_kernels.known import know
 from sloth_kernels.labelled_rows import LabelledRows
 from sloth_kernels.launch import cdiv, on_device_of, runs_triton, tl, triton
 from sloth_kernels.op import Op
@@ -202,7 +203,8 @@ def _forward(
         x_CV = buffer = None  # the logits' memory is free before dW takes some in a second dtype
         grads = grads._replace(weight_VH=grads.weight_VH.to(torch.bfloat16))
     loss_sum, entropy_sum, n_correct = (row_N.sum() for row_N in stats_3N)  # no views: users write loss /= n
-    return LossSums(loss_sum, entropy_sum, n_correct.long(), labels_T.new_full((), n_rows)), rows_N, grads
+    n_valid = know(labels_T.new_full((), n_rows), n_rows)
+    return LossSums(loss_sum, entropy_sum, n_correct.long(), n_valid), rows_N, grads
 
 
 # Backward -----------------------------------------------------------------------------------------------------------

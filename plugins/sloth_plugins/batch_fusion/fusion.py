@@ -24,8 +24,10 @@ import torch
 from sloth_backend.findings import Edits
 from sloth_kernels.documents import remember
 from sloth_plugins.batch_fusion.ahead import Ahead
+from sloth_plugins.batch_fusion.bookkeeping import settle, unhurried
 from sloth_plugins.batch_fusion.budget import Budget
-from sloth_plugins.batch_fusion.known_loss import Copy, KnownLoss
+from sloth_plugins.batch_fusion.known_loss import KnownLoss
+from sloth_plugins.batch_fusion.later import Copy
 from sloth_plugins.batch_fusion.means import Means
 from sloth_plugins.batch_fusion.overrides import HostCounts
 from sloth_plugins.batch_fusion.rows import Rows, Share, UnfitError, divided, joined, positions, rows_of
@@ -123,15 +125,8 @@ class Fusion:
         passes = next((made for batch, made in self.work if batch is inputs), None)
         if passes is None:
             return original(trainer, model, inputs, num_items_in_batch)
-        loss = self._passed(original, trainer, model, passes, num_items_in_batch) if passes else self._nothing(trainer)
-        if inputs is self.work[-1][0]:
-            self._fetch_ahead(trainer)
-        return loss
-
-    def _passed(
-        self, original: Callable[..., Any], trainer: Any, model: Any, passes: Sequence[Pass], num_items_in_batch: Any
-    ) -> torch.Tensor:
-        """The host's step on each pass, and the sum of their losses."""
+        if not passes:
+            return KnownLoss(torch.zeros((), device=trainer.args.device), ())
         step = functools.partial(self._pass, original, trainer, model, num_items_in_batch)
         counts, losses = HostCounts(trainer), []
         with self.budget.transient():
@@ -140,12 +135,10 @@ class Fusion:
                     losses.append(step(one))
             losses.append(step(passes[-1]))
         counts.settle(batch for batch, _ in self.work)
+        self._fetch_ahead(trainer)
+        settle(trainer)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         return KnownLoss(loss, self.losses) if len(self.losses) == len(losses) else loss
-
-    def _nothing(self, trainer: Any) -> torch.Tensor:
-        """The loss of a micro-batch that passes with another."""
-        return KnownLoss(torch.zeros((), device=trainer.args.device), ())
 
     def _pass(
         self, original: Callable[..., Any], trainer: Any, model: Any, num_items_in_batch: Any, one: Pass
@@ -153,9 +146,11 @@ class Fusion:
         with nullcontext() if self.means is None else self.means.of(one.shares):
             return original(trainer, model, one.inputs, num_items_in_batch)
 
-    def compute_loss(self, original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's loss; in training it is sent home before backward is asked for."""
-        result = original(trainer, *args, **kwargs)
+    def compute_loss(self, original: Callable[..., Any], trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """The host's loss; in training it is sent home, and the host's questions wait for nothing, before backward."""
+        training = self.work and torch.is_grad_enabled()
+        with unhurried(trainer, model) if training else nullcontext():
+            result = original(trainer, model, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
         if self.work and loss.is_cuda and loss.requires_grad:
             self.losses.append(Copy.of(loss))

@@ -8,34 +8,13 @@ for it. Here the value is sent to the host as soon as forward has it, and the qu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 ANSWERED = (torch.isnan, torch.isinf)
-
-
-class Copy(NamedTuple):
-    """A scalar on its way to pinned memory, and the event of its arrival."""
-
-    value: Tensor
-    arrived: torch.cuda.Event
-
-    @classmethod
-    def of(cls, scalar: Tensor) -> Copy:
-        """Send ``scalar``, of a CUDA device, without waiting."""
-        value = torch.empty((), dtype=scalar.dtype, pin_memory=True)
-        value.copy_(scalar.detach(), non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(scalar.device))
-        return cls(value, arrived)
-
-    def read(self) -> Tensor:
-        """The scalar, when it is there."""
-        self.arrived.synchronize()
-        return self.value
 
 
 class KnownLoss(Tensor):
