@@ -63,6 +63,8 @@ class Fusion:
         self.work: list[tuple[Any, list[Pass]]] = []
         """Micro-batches of the step, each with the passes that it stands for."""
         self.ahead: Ahead | None = None
+        self.on_host = False
+        """Whether batches are in host memory, and the count of their tokens is wanted by this process alone."""
         self.losses: list[Copy] = []
         """Those of the passes of the step that runs, on their way to the host."""
         self.told: set[str] = set()
@@ -83,6 +85,7 @@ class Fusion:
         loader = original(trainer)
         if getattr(loader, "device", None) is not None and hasattr(loader, "synchronized_generator"):
             loader.device = None
+            self.on_host = not trainer.accelerator.use_distributed
         return loader
 
     def get_batch_samples(
@@ -91,7 +94,10 @@ class Fusion:
         """The host's micro-batches, with the passes that will be made of them noted."""
         if self.ahead is None or self.ahead.iterator is not epoch_iterator:
             self.ahead = Ahead(epoch_iterator)
-        batches, count = original(trainer, self.ahead, num_batches, device)
+        batches, count = original(trainer, self.ahead, num_batches, torch.device("cpu") if self.on_host else device)
+        if isinstance(count, torch.Tensor) and count.device != torch.device(device):
+            # A copy from the host's memory would wait for the optimizer; a number travels with the launch.
+            count = torch.full_like(count, int(count), device=device)
         self.work, self.losses = [], []
         if batches and (count is not None or self.means is not None):
             try:

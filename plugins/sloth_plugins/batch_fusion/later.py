@@ -131,10 +131,9 @@ def _sum(left: Any, right: Any, terms: tuple[Any, ...]) -> Any:
     """``left``, the sum of ``terms``, and ``right``; what has arrived from the left on is kept as one number."""
     terms = (*terms, right)
     count = next((i for i, term in enumerate(terms) if not _here(term)), len(terms))
-    arrived = (functools.reduce(operator.add, map(_read, terms[:count])),) if count else ()
-    if count == len(terms):
-        return arrived[0]
-    return Later(type(left.__class__() + right.__class__()), (*arrived, *terms[count:]))
+    arrived = [functools.reduce(operator.add, map(_read, terms[:count]))] if count else []
+    waiting = terms[count:]
+    return Later(type(left.__class__() + right.__class__()), (*arrived, *waiting)) if waiting else arrived[0]
 
 
 def _here(term: Any) -> bool:
