@@ -28,6 +28,7 @@ _DENSE = {**_LLAMA, "intermediate_size": 32, "max_position_embeddings": 2048}
 _EXPERTS = {**_DENSE, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
 _LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
 _ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+_CHUNKED = {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 32, "attention_chunk_size": 64}
 _GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512}
 _OPT = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
 
@@ -51,12 +52,14 @@ MODELS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         ("Glm4MoeForCausalLM", "Glm4MoeForCausalLM", {**_EXPERTS, **_ROUTED, "head_dim": 8}, "glm4moe"),
         ("GPTNeoXForCausalLM", "GPTNeoXForCausalLM", _DENSE, None),
         ("GptOssForCausalLM", "GptOssForCausalLM", {**_EXPERTS, "num_local_experts": 4, "head_dim": 8}, "gptoss"),
+        ("Llama4ForCausalLM", "Llama4ForCausalLM", {**_EXPERTS, **_CHUNKED}, None),
         ("Phi3ForCausalLM", "Phi3ForCausalLM", {**_DENSE, "pad_token_id": 0}, "phi3"),
         ("Olmo3ForCausalLM", "Olmo3ForCausalLM", {**_DENSE, "num_hidden_layers": 4}, None),
         ("LlamaForSequenceClassification-3.2", "LlamaForSequenceClassification", _DENSE, "llama3_2"),
-        ("random-LlamaForCausalLM", "LlamaForCausalLM", _DENSE, None),
+        ("random-LlamaForCausalLM", "LlamaForCausalLM", {**_DENSE, "num_key_value_heads": 4}, None),
     )
 }
+MODELS["Qwen/Qwen3-4B"] = MODELS["trl-internal-testing/tiny-Qwen3ForCausalLM"]
 _OPT_125M = {**_OPT, "num_hidden_layers": 12, "hidden_size": 32, "word_embed_proj_dim": 32}
 _GEMMA3 = {**_DENSE, "head_dim": 8, "sliding_window": 64}
 MODELS |= {
