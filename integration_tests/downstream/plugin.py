@@ -124,7 +124,7 @@ def switch_on_peft() -> None:
     def from_pretrained(cls: type, *args: Any, **options: Any) -> Any:
         return optimized(loaded(cls, *args, **options))
 
-    peft_model.PeftModel.from_pretrained = classmethod(from_pretrained)
+    setattr(peft_model.PeftModel, "from_pretrained", classmethod(from_pretrained))  # noqa: B010
 
 
 def optimized(model: Any) -> Any:

@@ -221,20 +221,27 @@ def serve_datasets() -> None:
     def load_dataset(path: str, name: str | None = None, *args: Any, split: Any = None, **options: Any) -> Any:
         if path not in DATASETS:
             return original(path, name, *args, split=split, **options)
-        rows = DATASETS[path](name)
-        parts = {"train": rows, "test": rows[-2:], "validation": rows[-2:]}
-        data = datasets.DatasetDict({key: datasets.Dataset.from_list(part) for key, part in parts.items()})
-        if options.get("streaming"):
-            data = datasets.IterableDatasetDict({key: part.to_iterable_dataset() for key, part in data.items()})
-        if split is None:
-            return data
-        base, _, window = str(split).partition("[")
-        first, _, last = window.rstrip("]").partition(":")
-        part = data[base]
-        return part.select(range(int(first or 0), min(int(last), len(part)))) if last.isdigit() else part
+        data = _parts(DATASETS[path](name), bool(options.get("streaming")))
+        return data if split is None else _slice(data, str(split))
 
     datasets.load_dataset = load_dataset
-    sys.modules["datasets.load"].load_dataset = load_dataset
+    vars(sys.modules["datasets.load"])["load_dataset"] = load_dataset
+
+
+def _parts(rows: list[dict[str, Any]], streaming: bool) -> Any:
+    """The splits of a data set; the last two rows are those of ``test`` and ``validation``."""
+    from datasets import Dataset, DatasetDict, IterableDatasetDict
+
+    parts = {"train": rows, "test": rows[-2:], "validation": rows[-2:]}
+    data = DatasetDict({key: Dataset.from_list(part) for key, part in parts.items()})
+    return IterableDatasetDict({k: part.to_iterable_dataset() for k, part in data.items()}) if streaming else data
+
+
+def _slice(data: Any, split: str) -> Any:
+    """``train`` or ``train[:40]``, where fewer rows than asked for are all there are."""
+    name, _, window = split.partition("[")
+    last = window.rstrip("]").removeprefix(":")
+    return data[name].select(range(min(int(last), len(data[name])))) if last.isdigit() else data[name]
 
 
 def train_on_cpu() -> None:
@@ -274,7 +281,7 @@ def stay_offline() -> None:
     """Keep PEFT's tests, which go online for a name's first use, from waiting for a network; after collection."""
     for name, module in list(sys.modules.items()):
         if name.endswith("testing_utils") and hasattr(module, "_HUB_MODEL_ACCESSES"):
-            module._HUB_MODEL_ACCESSES = AllCached()
+            vars(module)["_HUB_MODEL_ACCESSES"] = AllCached()
 
 
 if __name__ == "__main__":
