@@ -16,6 +16,7 @@ else
   PY       = $(VENV)/bin/python
   DEMO_ENV = $(VENV)/demo.stamp
   TEST_ENV = $(VENV)/test.stamp
+  DOWNSTREAM_ENV = $(VENV)/downstream.stamp
 endif
 
 HF_HUB_OFFLINE ?= 1
@@ -26,13 +27,14 @@ export OMP_WAIT_POLICY = passive
 
 STEPS = ruff format imports types kernels suite
 
-.PHONY: help demo test lint gpu-test gpu-bench gpu-bench-ops gpu-bench-training clean $(STEPS)
+.PHONY: help demo test lint gpu-test downstream gpu-bench gpu-bench-ops gpu-bench-training clean $(STEPS)
 
 help:
 	@echo "make demo       train a small model through TRL with the backend on (ARGS=\"--steps 100\", ...)"
 	@echo "make test       linters, types and all tests that need no GPU"
 	@echo "make lint       linters and types only"
 	@echo "make gpu-test   the tests that need a CUDA GPU; VENV= uses the Python at hand"
+	@echo "make downstream the tests of TRL, PEFT, transformers and accelerate with the backend on (ARGS=\"trl-sft --source DIR\")"
 	@echo "make gpu-bench  time ops, offloading and training on a CUDA GPU, into docs/benchmarks; VENV= as above"
 	@echo "                gpu-bench-ops or gpu-bench-training for one part, with its ARGS=\"--only full,ctx\""
 	@echo "make clean      remove the environment and everything that was built"
@@ -71,6 +73,9 @@ test-slow: $(TEST_ENV)
 gpu-test: $(TEST_ENV)
 	$(PY) -m pytest -m gpu integration_tests $(ARGS)
 
+downstream: $(DOWNSTREAM_ENV)
+	OMP_NUM_THREADS=1 $(PY) -m integration_tests.downstream.run $(ARGS)
+
 gpu-bench: gpu-bench-ops gpu-bench-training
 gpu-bench-ops: $(TEST_ENV)
 	$(PY) integration_tests/benchmarks/ops.py --out docs/benchmarks $(ARGS)
@@ -93,6 +98,10 @@ $(VENV)/test.stamp: pyproject.toml integration_tests/requirements.txt integratio
 	$(PIP) "$(TORCH)" -r integration_tests/requirements.txt
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@ $(VENV)/demo.stamp
+
+$(VENV)/downstream.stamp: integration_tests/requirements-downstream.txt | $(VENV)/test.stamp
+	$(PIP) -r integration_tests/requirements-downstream.txt
+	@touch $@
 
 clean:
 	rm -rf .venv demo build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

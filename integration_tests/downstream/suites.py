@@ -1,0 +1,93 @@
+"""The downstream suites: which tests of which library concern the backend, and which cannot be run or are refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+COUNTS = (
+    "counts how often PEFT computes an adapted weight; the trial passes that switching on makes are counted too. The "
+    "forward after that computes it as often as without us"
+)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tests of one library.
+
+    Attributes:
+        library: the distribution whose installed version says which tag is fetched.
+        repository: owner and name on GitHub.
+        files: the test files, relative to the repository's root.
+        keep: the folders and files of the repository that the tests need; never the library itself.
+        keyword: what pytest's ``-k`` gets.
+        bare: models that PEFT's functions return are switched on, since the tests train them by hand.
+        device: ``"cuda"`` where a GPU is needed.
+        needs_models: whether a run in which no model was switched on is a failure.
+        deselected: pattern of a test's id -> why it is not run in any mode.
+        refused: pattern of a test's id -> why it does not pass with the backend on.
+        environment: variables that the tests need.
+    """
+
+    library: str
+    repository: str
+    files: tuple[str, ...]
+    keep: tuple[str, ...] = ("tests",)
+    keyword: str = ""
+    bare: bool = False
+    device: str = "cpu"
+    needs_models: bool = True
+    deselected: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+OTHER_LORAS = (
+    "adalora or vblora or randlora or xlora or bdlora or gralora or tinylora or glora or unilora or monteclora"
+)
+LORA = f"(loraconfig or test_lora or test_target_parameters) and not ({OTHER_LORAS})"
+"""pytest compares without case; file names count too."""
+
+SUITES = {
+    "trl-sft": Suite(
+        "trl",
+        "huggingface/trl",
+        ("tests/test_sft_trainer.py",),
+        keyword="not TestSFTTrainerSlow and not test_train_with_liger and not ForConditionalGeneration",
+    ),
+    "peft-lora": Suite(
+        "peft",
+        "huggingface/peft",
+        (
+            "tests/test_decoder_models.py",
+            "tests/test_lora_variants.py",
+            "tests/test_target_parameters.py",
+            "tests/test_loraplus.py",
+        ),
+        keyword=LORA,
+        bare=True,
+        refused={"*::test_target_parameter_result_caching_works": COUNTS},
+    ),
+    "peft-bnb": Suite(
+        "peft",
+        "huggingface/peft",
+        ("tests/test_common_gpu.py", "tests/test_gpu_examples.py"),
+        keyword="(lora or 4bit or 8bit) and not gptq and not multi_gpu",
+        bare=True,
+        device="cuda",
+    ),
+    "trainer-accumulation": Suite(
+        "transformers",
+        "huggingface/transformers",
+        ("tests/trainer",),
+        keep=("tests", "conftest.py", "utils"),
+        keyword="accumulation",
+        environment={"RUN_SLOW": "yes"},
+    ),
+    "accelerate": Suite(
+        "accelerate",
+        "huggingface/accelerate",
+        ("tests/test_accelerator.py", "tests/test_grad_sync.py", "tests/test_optimizer.py", "tests/test_scheduler.py"),
+        needs_models=False,
+        environment={"RUN_SLOW": "yes"},
+    ),
+}
