@@ -127,8 +127,13 @@ def _reset(case: Case) -> None:
         del os.environ[name]
     PartialState(cpu=True)
     if case.strategy == "fsdp2":
-        # Accelerate shards on accelerators alone; PyTorch does so on CPUs as well.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        _shard_on_cpus(torch.device("cpu"))
+
+
+def _shard_on_cpus(device: torch.device) -> None:
+    """Accelerate shards on accelerators alone; PyTorch does so on CPUs as well."""
+    assert device.type == "cpu"
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def batches_of(tokenizer: Any, count: int) -> Any:
@@ -221,6 +226,8 @@ def trained(case: Case, folder: Path) -> dict[str, Any]:
     if case.backend:
         extra["backend"] = {"print_report": False, **case.config}
     args = config(str(folder / case.name), **options)
+    if case.strategy == "fsdp2":
+        _shard_on_cpus(args.device)
     trainer: Any = kind(model=make_model(case, tokenizer), args=args, train_dataset=data, **extra)
     trainer.train(resume_from_checkpoint=case.resume or None)
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
