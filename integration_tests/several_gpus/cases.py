@@ -66,7 +66,9 @@ class Case:
 
 def make_model(case: Case, tokenizer: Any) -> Any:
     """The tiny model, the same in every process, with adapters that are not the identity where it has some."""
-    model = tiny.make_model(tokenizer, tie_word_embeddings=False)
+    # bitsandbytes' kernels for CPUs take no rows shorter than a block.
+    sizes = {"hidden_size": 64, "intermediate_size": 128} if case.method == "qlora" else {}
+    model = tiny.make_model(tokenizer, tie_word_embeddings=False, **sizes)
     if case.method == "full":
         return model
     if case.method == "qlora":
