@@ -112,5 +112,7 @@ class Budget:
 
 
 def autocast_of(trainer: Any) -> torch.dtype | None:
-    """What the trainer's model will compute in, as accelerate has it."""
+    """What the trainer's model will be run under, as accelerate has it; FSDP2 casts parameters and inputs instead."""
+    if getattr(trainer.accelerator, "is_fsdp2", False):
+        return None
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(trainer.accelerator.mixed_precision))

@@ -126,7 +126,8 @@ def _set_loss_function(model: Any, loss: Callable[..., Any], edits: Edits) -> No
 def _lazy_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-        if _deferring.get() is None:
+        # With hooks of its own its weight may be there for this call alone.
+        if _deferring.get() is None or self._forward_pre_hooks or self._forward_hooks:
             return original(self, hidden)
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
