@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ from torch.profiler import ProfilerActivity, profile
 import sloth_backend
 from integration_tests import tiny
 from sloth_backend import autoload
+from sloth_backend.phases import base_model
+from sloth_plugins.program_layers import planner_of
 
 autoload.install()
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DECODER_LAYER = "LlamaDecoderLayer"
+PASS_WITHOUT_MEMORY = 2
 
 
 @dataclass
@@ -48,6 +52,9 @@ class Case:
         fsdp: options of accelerate's plugin.
         save_at: step after which to save; the run goes on.
         resume: folder to go on from.
+        counted: whether to count what passes between the processes.
+        short_of_memory: process whose device runs out of memory in its second pass; -1 for none.
+        lengths: words of each row, over and over; none for sentences of 4 to 12.
     """
 
     name: str
@@ -62,6 +69,9 @@ class Case:
     fsdp: dict[str, Any] = field(default_factory=dict)
     save_at: int = 0
     resume: str = ""
+    counted: bool = False
+    short_of_memory: int = -1
+    lengths: list[int] = field(default_factory=list)
 
 
 def make_model(case: Case, tokenizer: Any) -> Any:
@@ -156,11 +166,14 @@ def loop(case: Case, folder: Path) -> dict[str, Any]:
     if case.backend:
         sloth_backend.attach(accelerator, config={"print_report": False, **case.config})
     model = make_model(case, tokenizer)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    # Adam would make steps of one size of gradients that are next to nothing and differ by roundings.
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
     count = case.steps * case.accumulation * accelerator.num_processes
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches_of(tokenizer, count))
     if case.resume:
         accelerator.load_state(case.resume)
+    if case.short_of_memory >= 0:
+        run_out_of_memory(case, model)
     losses, step = [], 0
     model.train()
     for batch in batches:
@@ -202,7 +215,8 @@ def trained(case: Case, folder: Path) -> dict[str, Any]:
         "disable_tqdm": True,
         "logging_steps": 1,
         "save_strategy": "no",
-        "learning_rate": 1e-2,
+        "learning_rate": 0.1,
+        "optim": "sgd",
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": case.accumulation,
         "gradient_checkpointing": False,
@@ -216,6 +230,9 @@ def trained(case: Case, folder: Path) -> dict[str, Any]:
         options |= {"save_strategy": "steps", "save_steps": case.save_at}
     rows = 2 * case.steps * case.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     data = tiny.make_dataset("text", rows)
+    if case.lengths:
+        texts = [" ".join(tiny.WORDS[i % 13 :: 3] * case.lengths[i % len(case.lengths)]) for i in range(rows)]
+        data = type(data).from_list([{"text": text} for text in texts])
     kind, config = (SFTTrainer, SFTConfig) if case.host == "sft" else (Trainer, TrainingArguments)
     if case.host == "trainer":
         encoded = [tokenizer(row["text"])["input_ids"] for row in data]
@@ -231,6 +248,8 @@ def trained(case: Case, folder: Path) -> dict[str, Any]:
     if case.strategy == "fsdp2":
         _shard_on_cpus(args.device)
     trainer: Any = kind(model=make_model(case, tokenizer), args=args, train_dataset=data, **extra)
+    if case.short_of_memory >= 0:
+        run_out_of_memory(case, trainer.model)
     trainer.train(resume_from_checkpoint=case.resume or None)
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     return {"losses": losses, "model": trainer.model_wrapped}
@@ -246,14 +265,50 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+@contextmanager
+def counting(wanted: bool) -> Iterator[dict[str, int]]:
+    """How often each collective was called meanwhile, where that is wanted."""
+    events: dict[str, int] = {}
+    if not wanted:
+        yield events
+        return
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        yield events
+    events |= {event.key: event.count for event in seen.key_averages() if event.key.startswith("c10d::")}
+
+
+def run_out_of_memory(case: Case, model: Any) -> None:
+    """Let the last stage of the last layer's program run out of memory in its second pass, in one process."""
+    if case.short_of_memory != int(os.environ.get("RANK", "0")):
+        return
+    planner = planner_of(base_model(model))
+    stage = planner.layers[-1].made.program.stages[-1]
+    bind, passes = stage.bind, []
+
+    def scarce(autocast: Any) -> Any:
+        bound = bind(autocast)
+        forward = bound.forward
+        passes.append(bound)
+
+        def run(*inputs: Any) -> Any:
+            if len(passes) == PASS_WITHOUT_MEMORY:
+                passes.append(None)
+                raise torch.OutOfMemoryError("no memory left, the test says")
+            return forward(*inputs)
+
+        bound.forward = run
+        return bound
+
+    stage.bind = scarce
+
+
 def run(case: Case, folder: Path) -> dict[str, Any]:
     """One case, with what passed between the processes meanwhile."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with counting(case.counted) as events:
         outcome = (loop if case.host == "loop" else trained)(case, folder)
     model = outcome.pop("model")
-    events = Counter({event.key: event.count for event in seen.key_averages() if event.key.startswith("c10d::")})
     report = sloth_backend.report(model).to_dict() if case.backend else {}
-    return {**outcome, "collectives": dict(events), "report": report, "weights": weights_of(model)}
+    return {**outcome, "collectives": events, "report": report, "weights": weights_of(model)}
 
 
 def main() -> None:

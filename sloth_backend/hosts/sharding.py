@@ -51,8 +51,8 @@ def _mangled(accelerator: Any, model: nn.Module) -> Iterator[str]:
     for dtype in sorted(packed, key=str):
         if computes is not None and dtype.is_floating_point and dtype != computes:
             yield (
-                f"the 4-bit weights are packed as {dtype}, which FSDP would cast to {computes} and so destroy: load the "
-                f"model with bnb_4bit_quant_storage={computes}, or train without mixed precision."
+                f"the 4-bit weights are packed as {dtype}, which FSDP would cast to {computes} and so destroy: load "
+                f"the model with bnb_4bit_quant_storage={computes}, or train without mixed precision."
             )
 
 
