@@ -55,6 +55,7 @@ class Case:
         counted: whether to count what passes between the processes.
         short_of_memory: process whose device runs out of memory in its second pass; -1 for none.
         lengths: words of each row, over and over; none for sentences of 4 to 12.
+        device: ``cpu`` or ``cuda``.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Case:
     counted: bool = False
     short_of_memory: int = -1
     lengths: list[int] = field(default_factory=list)
+    device: str = "cpu"
 
 
 def make_model(case: Case, tokenizer: Any) -> Any:
@@ -82,7 +84,7 @@ def make_model(case: Case, tokenizer: Any) -> Any:
     if case.method == "full":
         return model
     if case.method == "qlora":
-        model = quantized(model)
+        model = quantized(model, case.device)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS, init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(1)
     model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
@@ -92,7 +94,7 @@ def make_model(case: Case, tokenizer: Any) -> Any:
     return model
 
 
-def quantized(model: Any) -> Any:
+def quantized(model: Any, device: str = "cpu") -> Any:
     """Its linears in NF4, packed into the dtype of everything else, as FSDP needs it."""
     from bitsandbytes.nn import Linear4bit
 
@@ -109,7 +111,7 @@ def quantized(model: Any) -> Any:
                         quant_storage=torch.float32,
                     )
                     new.weight.data = linear.weight.data
-                    setattr(parent, name, new.to("cpu"))
+                    setattr(parent, name, new.to(device))
     model.is_loaded_in_4bit = True
     return model
 
@@ -129,7 +131,8 @@ def make_accelerator(case: Case) -> Accelerator:
                 **case.fsdp,
             }
         )
-    return Accelerator(cpu=True, gradient_accumulation_steps=case.accumulation, fsdp_plugin=plugin, **case.options)
+    on_cpu = case.device == "cpu"
+    return Accelerator(cpu=on_cpu, gradient_accumulation_steps=case.accumulation, fsdp_plugin=plugin, **case.options)
 
 
 def _reset(case: Case) -> None:
@@ -137,8 +140,8 @@ def _reset(case: Case) -> None:
     GradientState._reset_state()
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
-    PartialState(cpu=True)
-    if case.strategy == "fsdp2":
+    PartialState(cpu=case.device == "cpu")
+    if case.strategy == "fsdp2" and case.device == "cpu":
         _shard_on_cpus(torch.device("cpu"))
 
 
@@ -194,7 +197,7 @@ def loop(case: Case, folder: Path) -> dict[str, Any]:
 def evaluated(accelerator: Any, model: Any, tokenizer: Any) -> list[float]:
     """The loss and the size of the logits, which a host looks at after the model's forward."""
     model.eval()
-    batch = next(iter(batches_of(tokenizer, 1)))
+    batch = {name: value.to(accelerator.device) for name, value in next(iter(batches_of(tokenizer, 1))).items()}
     with torch.no_grad():
         outputs = model(**batch)
     return [outputs.loss.item(), outputs.logits.float().square().mean().item()]
@@ -209,7 +212,7 @@ def trained(case: Case, folder: Path) -> dict[str, Any]:
     set_seed(0)
     tokenizer = tiny.make_tokenizer()
     options: dict[str, Any] = {
-        "use_cpu": True,
+        "use_cpu": case.device == "cpu",
         "bf16": False,
         "report_to": "none",
         "disable_tqdm": True,
@@ -245,7 +248,7 @@ def trained(case: Case, folder: Path) -> dict[str, Any]:
     if case.backend:
         extra["backend"] = {"print_report": False, **case.config}
     args = config(str(folder / case.name), **options)
-    if case.strategy == "fsdp2":
+    if case.strategy == "fsdp2" and case.device == "cpu":
         _shard_on_cpus(args.device)
     trainer: Any = kind(model=make_model(case, tokenizer), args=args, train_dataset=data, **extra)
     if case.short_of_memory >= 0:
@@ -261,7 +264,7 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-            found[name.removeprefix("module.")] = whole.detach().clone()
+            found[name.removeprefix("module.")] = whole.detach().cpu().clone()
     return found
 
 

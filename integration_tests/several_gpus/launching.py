@@ -57,5 +57,5 @@ def launch(cases: list[Case], folder: Path, processes: int = 2) -> dict[str, lis
 
 
 def _read(path: Path) -> Outcome:
-    found = torch.load(path, weights_only=False)
+    found = torch.load(path, weights_only=False, map_location="cpu")
     return Outcome(**{"evaluation": [], **found})
