@@ -69,10 +69,12 @@ def test_checkpointing_that_some_layers_still_need() -> None:
     fsdp, edits = accelerator(), Edits()
     found = [Finding(a, "layer", "", "layer_program") for a in ("changed", "skipped")]
     take_over_checkpointing(fsdp, found, edits)
-    assert found[-1].action == "warned" and fsdp.state.fsdp_plugin.activation_checkpointing
+    assert found[-1].action == "warned"
+    assert fsdp.state.fsdp_plugin.activation_checkpointing
     found = found[:1]
     take_over_checkpointing(fsdp, found, edits)
-    assert found[-1].action == "changed" and not fsdp.state.fsdp_plugin.activation_checkpointing
+    assert found[-1].action == "changed"
+    assert not fsdp.state.fsdp_plugin.activation_checkpointing
     edits.rollback()
     assert fsdp.state.fsdp_plugin.activation_checkpointing
 
