@@ -76,7 +76,8 @@ def after_load(session: Session, model: nn.Module, tokenizer: PreTrainedTokenize
 
 def before_train(session: Session, model: nn.Module, trainer: object | None = None) -> None:
     """Phase C: patch the model that will train, and its trainer where there is one; print and publish the report."""
-    session.run = replace(session.run, **describe_model(base_model(model)))
+    facts = describe_model(base_model(model))
+    session.run = replace(session.run, **{**facts, "device": session.run.moves_to or facts["device"]})
     manager, target = session.manager, base_model(model)
     with _all_or_nothing(session):
         plan = manager.memory_plan(target, session.run)

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+BY_MODULE = "zero-3"
+"""Sharding that gathers parameters module by module."""
+REASON_BY_MODULE = "ZeRO-3 gathers a module's parameters for its own call alone; FSDP2 gathers those of a whole layer"
+
+
 @dataclass(frozen=True)
 class Run:
     """Who asked, for what, on what.
@@ -25,6 +30,9 @@ class Run:
         tokens_per_pass: the most tokens, rows x length, that one forward and backward sees; None where the host does
             not say.
         optimizer_bytes: what the optimizer keeps for each trained parameter, in bytes.
+        sharding: how the model will be spread over processes: ``"fsdp2"``, ``"zero-1"`` to ``"zero-3"``; None where
+            each of them holds all of it, or where the host does not say.
+        moves_to: where the host will move the model once it is patched; None where it is there already.
         gradient_checkpointing: whether the host will checkpoint layers; None where only the model will tell.
         problems: combinations the host adapter found that cannot work; reported with those of the plugins.
     """
@@ -37,6 +45,8 @@ class Run:
     gradient_checkpointing: bool | None = None
     tokens_per_pass: int | None = None
     optimizer_bytes: float = 8.0
+    sharding: str | None = None
+    moves_to: torch.device | None = None
     problems: tuple[str, ...] = field(default=(), repr=False)
 
     def describe(self) -> str:

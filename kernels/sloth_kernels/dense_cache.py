@@ -47,11 +47,15 @@ class DenseGroup:
         self._dtype: torch.dtype | None = None
         self._fresh = False
 
+    @classmethod
+    def columns(cls, linears: Sequence[LoraLinear]) -> int:
+        """How many columns the adapters of ``linears`` take."""
+        return cls.columns_for(sum(len(adapter.A_RK) for linear in linears for adapter in linear.adapters))
+
     @staticmethod
-    def columns(linears: Sequence[LoraLinear]) -> int:
-        """How many columns the adapters of ``linears`` take, filled up to the alignment."""
-        ranks = sum(len(adapter.A_RK) for linear in linears for adapter in linear.adapters)
-        return -(-ranks // ALIGNMENT) * ALIGNMENT
+    def columns_for(rank: int) -> int:
+        """``rank``, filled up to the alignment."""
+        return -(-rank // ALIGNMENT) * ALIGNMENT
 
     def joined(self, siblings: Siblings, dtype: torch.dtype) -> Joined:
         """Each weight in ``dtype`` with s B in its adapters' columns, as B is now."""

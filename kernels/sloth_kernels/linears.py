@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,25 @@ from sloth_kernels.stages import Grads, LowRankSum, NamedStage, plus
 
 DENSE_TRAFFIC = 1.27
 """Bytes moved for each byte of a dense 16-bit weight made of 4 bits: a quarter is read, with its scales."""
+
+
+class _Form(NamedTuple):
+    """What a linear costs depends on this; its tensors may be on other devices, or in shards, when that is asked."""
+
+    shape: tuple[int, int]
+    """N and K."""
+    in_4bit: bool
+    rank: int
+    """Of all of its adapters."""
+    adapter_itemsize: int
+    """Bytes of an element of the widest of them; 0 without any."""
+
+    @classmethod
+    def of(cls, linear: LoraLinear) -> _Form:
+        ranks = [adapter.A_RK.shape[0] for adapter in linear.adapters]
+        itemsize = max((adapter.A_RK.dtype.itemsize for adapter in linear.adapters), default=0)
+        n_out, n_in = linear.weight.shape
+        return cls((n_out, n_in), isinstance(linear.weight, Weight4bit), sum(ranks), itemsize)
 
 
 class Linears(NamedStage):
@@ -45,6 +64,7 @@ class Linears(NamedStage):
         super().__init__((x,) if residual is None else (x, residual), (*ys, inner), (x, inner))
         self.read, self.group = read, group or DenseGroup()
         self._siblings: Siblings | None = None
+        self._forms: list[_Form] | None = None
         self._columns = 0
         self.leaves_sum = False
         """Whether the stage that made x takes a ``LowRankSum`` for the gradient of it."""
@@ -53,36 +73,39 @@ class Linears(NamedStage):
         """The columns that it would have behind x, as it was bound last."""
         return self._columns if self.group.keeps else 0
 
+    def forms(self) -> list[_Form]:
+        """Of its linears, as they were bound last."""
+        if self._forms is None:
+            self._forms = [_Form.of(linear) for linear in self.read()]
+        return self._forms
+
     def flops(self, tokens: int, length: int, widths: Mapping[str, float]) -> float:
         """Of the weights; the adapters' are few."""
-        return sum(2.0 * tokens * math.prod(linear.weight.shape) for linear in self.read())
+        return sum(2.0 * tokens * math.prod(form.shape) for form in self.forms())
 
     def workspace(self, tokens: int, widths: Mapping[str, float], autocast: torch.dtype | None) -> int:
         """The largest dense weight that is made for its product, and what wide adapters have x, dx and dy cast to."""
-        dense = max((2 * math.prod(linear.weight.shape) for linear in self._in_4bit()), default=0)
-        return dense + int(
-            tokens * max((self._wide_bytes(linear, widths, autocast) for linear in self.read()), default=0)
-        )
+        dense = max((2 * math.prod(form.shape) for form in self._in_4bit()), default=0)
+        return dense + int(tokens * max((self._wide_bytes(form, widths, autocast) for form in self.forms()), default=0))
 
-    def _wide_bytes(self, linear: LoraLinear, widths: Mapping[str, float], autocast: torch.dtype | None) -> float:
+    def _wide_bytes(self, form: _Form, widths: Mapping[str, float], autocast: torch.dtype | None) -> float:
         """Bytes a token of copies in the dtype of its adapters, where that is wider than x's."""
-        n_out, n_in = linear.weight.shape
-        own = max((adapter.A_RK.dtype.itemsize for adapter in linear.adapters), default=0)
+        (n_out, n_in), own = form.shape, form.adapter_itemsize
         computed = own if autocast is None else min(own, autocast.itemsize)
         return computed * (2 * n_in + n_out) if computed * n_in > widths[self.reads[0]] else 0.0
 
     def traffic(self) -> float:
         """Bytes that move when its 4-bit weights are made dense."""
-        return DENSE_TRAFFIC * sum(2 * math.prod(linear.weight.shape) for linear in self._in_4bit())
+        return DENSE_TRAFFIC * sum(2 * math.prod(form.shape) for form in self._in_4bit())
 
     def dense_bytes(self) -> int:
         """Bytes of the dense copies that its group would keep, in 16 bits, with the adapters' columns."""
-        linears = self._in_4bit()
-        columns = self.group.columns(linears)
-        return sum(2 * linear.weight.shape[0] * (linear.weight.shape[1] + columns) for linear in linears)
+        forms = self._in_4bit()
+        columns = self.group.columns_for(sum(form.rank for form in forms))
+        return sum(2 * form.shape[0] * (form.shape[1] + columns) for form in forms)
 
-    def _in_4bit(self) -> list[LoraLinear]:
-        return [linear for linear in self.read() if isinstance(linear.weight, Weight4bit)]
+    def _in_4bit(self) -> list[_Form]:
+        return [form for form in self.forms() if form.in_4bit]
 
     def bind(self, autocast: torch.dtype | None) -> BoundLinears:
         """With the adapters that are active."""
@@ -90,6 +113,8 @@ class Linears(NamedStage):
         if siblings is None or not siblings.are(linears, autocast):
             siblings = self._siblings = Siblings(linears, autocast)
             self._columns = self.group.columns(linears)
+            self._forms = None
+            self.forms()
         return BoundLinears(self, siblings)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sloth_backend.hosts.accelerate_facts import keep_autocast, optimizer_bytes, place, problems, uncompiled
 from sloth_backend.hosts.environment import DECLINED, from_environment
+from sloth_backend.hosts.sharding import spread, take_over_checkpointing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -175,9 +176,11 @@ def _activate(
     found = tuple(problems(accelerator, request.config, model))
     model = uncompiled(model)
     run = Run("accelerate", request.config, optimizer_bytes=optimizer_bytes(model, args), problems=found)
+    run = spread(run, accelerator)
     session = request.begin(run, model)
     place(accelerator, model, placement)
     keep_autocast(accelerator, phases.base_model(model), session.edits)
     phases.after_load(session, model, request.tokenizer)
     phases.before_train(session, model)
+    take_over_checkpointing(accelerator, session.findings, session.edits)
     return session

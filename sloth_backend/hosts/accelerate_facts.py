@@ -6,6 +6,8 @@ import types
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from sloth_backend.hosts.sharding import sharding_problems
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -53,7 +55,7 @@ def problems(accelerator: Any, config: SlothConfig, model: Any = None) -> list[s
         found.append("mixed_precision='fp8' replaces linear layers after ours are in place: use 'bf16' or 'fp16'.")
     if accelerator.distributed_type.name == "MEGATRON_LM":
         found.append("Megatron-LM builds a model of its own: choose DDP, FSDP or DeepSpeed, or leave it off.")
-    return found
+    return found + sharding_problems(accelerator, config, model)
 
 
 def uncompiled(model: Any) -> Any:

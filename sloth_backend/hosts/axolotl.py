@@ -93,13 +93,18 @@ class SlothPlugin(BasePlugin):
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Phase C: model, adapters and trainer are complete."""
         from sloth_backend import phases
+        from sloth_backend.hosts.sharding import spread, take_over_checkpointing
+        from sloth_backend.hosts.trainers import check_sharding
         from sloth_backend.optimizers import trainer_state_bytes
 
         if not is_asked(cfg):
             return
         session = phases.find_session(trainer.model) or _after_load(None, cfg, trainer.model, trainer.processing_class)
-        session.run = replace(session.run, optimizer_bytes=trainer_state_bytes(trainer))
+        check_sharding(session, trainer)
+        run = replace(session.run, optimizer_bytes=trainer_state_bytes(trainer))
+        session.run = spread(run, trainer.accelerator)
         phases.before_train(session, trainer.model, trainer)
+        take_over_checkpointing(trainer.accelerator, session.findings, session.edits)
 
 
 def _after_load(session: Session | None, cfg: Any, model: nn.Module, tokenizer: Any) -> Session:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sloth_backend.hosts.sharding import sharding_problems, spread, take_over_checkpointing
 from sloth_backend.hosts.switch import add_keyword
 
 if TYPE_CHECKING:
@@ -101,10 +102,13 @@ def _construct(
         original(*call.args, **call.kwargs)
         if loaded is None:
             _after_load(session, kind, trainer.model, tokenizer)
-        session.run = replace(session.run, optimizer_bytes=trainer_state_bytes(trainer))
+        check_sharding(session, trainer)
+        run = replace(session.run, optimizer_bytes=trainer_state_bytes(trainer))
+        session.run = spread(run, trainer.accelerator)
         if _narrow(session, kind, trainer):
             with kind.seam(session, phases.base_model(trainer.model), trainer.args):
                 phases.before_train(session, trainer.model, trainer)
+            take_over_checkpointing(trainer.accelerator, session.findings, session.edits)
             _patch_reference(session, kind, trainer, tokenizer)
     except BaseException:
         session.edits.rollback()
@@ -133,6 +137,18 @@ def _begin(kind: Kind, loaded: Any, call: inspect.BoundArguments, config: SlothC
     if loaded is not None and not fits:
         phases.undo(loaded)
     return session
+
+
+def check_sharding(session: Session, trainer: Any) -> None:
+    """What is known of it once the trainer has its accelerator.
+
+    Raises:
+        SlothConfigError: the run cannot work as it is spread; all reasons.
+    """
+    from sloth_backend.config import SlothConfigError
+
+    if problems := sharding_problems(trainer.accelerator, session.run.config, trainer.model):
+        raise SlothConfigError(problems)
 
 
 def _narrow(session: Session, kind: Kind, trainer: Any) -> bool:

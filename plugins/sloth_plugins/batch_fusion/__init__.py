@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from sloth_backend import ranks
 from sloth_backend.findings import Edits, Finding
 from sloth_backend.hookspecs import hookimpl
 from sloth_backend.run import Run
@@ -34,6 +35,8 @@ def sloth_patch_model(model: nn.Module, run: Run, edits: Edits) -> list[Finding]
 def sloth_patch_trainer(trainer: Any, model: nn.Module, run: Run, edits: Edits) -> list[Finding]:
     """Let the micro-batches of a step pass together."""
     reason = obstacle(trainer, model, run)
+    if not ranks.everywhere(reason is None):
+        reason = reason or "another process of the run cannot"
     if reason is not None:
         return [Finding("skipped", "micro-batches", reason, CAPABILITY)]
     apart = not trainer.model_accepts_loss_kwargs and _trains_head(model)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
+from sloth_backend import ranks
 from sloth_plugins.batch_fusion.rows import Rows
+
+_UNFIT = 1e30
+"""Seconds of passes that do not fit: more than any that do."""
 
 
 class Planner(Protocol):
@@ -66,6 +70,40 @@ class Budget:
                 best, least = way, cost
         return best
 
+    def best_together(
+        self, ways: Mapping[int, list[Rows]], parts: list[Rows], count: int, most: int, largest: int
+    ) -> list[Rows] | None:
+        """The way whose number of passes is the cheapest for all processes of a run; None to pass as the host does.
+
+        Args:
+            ways: by their number of passes, fewer than there are micro-batches.
+            parts: a pass for each micro-batch; empty where they can only pass as they are.
+            count: of the micro-batches: as many passes are possible everywhere, in one of these two ways.
+            most: micro-batches that a step may have in any process.
+            largest: as in ``best``.
+        """
+        costs = [math.inf] * most
+        for number, cost in self._costs({**ways, count: parts} if parts else {}, largest):
+            costs[number - 1] = cost
+        costs[count - 1] = min(costs[count - 1], _UNFIT if parts else 0.0)
+        # The slowest holds all others up.
+        together = ranks.largest(costs)
+        number = together.index(min(together)) + 1
+        return (parts or None) if number >= count else ways[number]
+
+    def _costs(self, ways: Mapping[int, list[Rows]], largest: int) -> Iterator[tuple[int, float]]:
+        """What each way costs, or no more than it, where it cannot be the cheapest."""
+        least = math.inf
+        for number, way in sorted(ways.items()):
+            if self.planner is None or self.planner.saves_memory:
+                cost = float(number) if max(rows.tokens for rows in way) <= largest else math.inf
+            elif number * self.planner.least_seconds >= least:
+                cost = number * self.planner.least_seconds
+            else:
+                cost = self._cost(way)
+            least = min(least, cost)
+            yield number, cost
+
     def _cost(self, way: Sequence[Rows]) -> float:
         assert self.planner is not None
         alone = len(way) == 1
@@ -74,5 +112,7 @@ class Budget:
 
 
 def autocast_of(trainer: Any) -> torch.dtype | None:
-    """What the trainer's model will compute in, as accelerate has it."""
+    """What the trainer's model will be run under, as accelerate has it; FSDP2 casts parameters and inputs instead."""
+    if getattr(trainer.accelerator, "is_fsdp2", False):
+        return None
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(trainer.accelerator.mixed_precision))

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sloth_backend import ranks
 from sloth_backend.findings import Edits
 from sloth_kernels.documents import remember
 from sloth_plugins.batch_fusion.ahead import Ahead
@@ -100,17 +101,40 @@ class Fusion:
             count = torch.full_like(count, int(count), device=device)
         self.work, self.losses = [], []
         if batches and (count is not None or self.means is not None):
-            try:
-                passes = self._passes(batches)
-            except UnfitError as reason:
-                self._tell(f"a micro-batch is passed as it is: {reason}")
-            else:
+            passes = self._passes(batches, trainer.args.gradient_accumulation_steps)
+            if passes is not None:
                 self.work = [(batch, []) for batch in batches]
                 carrier = self.work[-1 if trainer.accelerator.use_distributed else 0]
                 carrier[1].extend(Pass(_inputs(rows, device), rows.shares) for rows in passes)
         return batches, count
 
-    def _passes(self, batches: Sequence[Mapping[str, Any]]) -> list[Rows]:
+    def _passes(self, batches: Sequence[Mapping[str, Any]], most: int) -> list[Rows] | None:
+        """What the micro-batches of a step pass as; None where each passes as it is.
+
+        All processes of a run take equally many passes, since layers that are sharded, and hosts that gather counts
+        at each pass, wait for one another. As many as there are micro-batches is what every process can.
+        """
+        try:
+            parts = self._parts(batches)
+        except UnfitError as reason:
+            self._tell(f"a micro-batch is passed as it is: {reason}")
+            parts = []
+        if self.apart or not (parts or ranks.several()):
+            return parts or None
+        count, largest = len(batches), max((part.padded for part in parts), default=0)
+        rows = joined(parts) if parts else None
+        ways = {} if rows is None else {n: divided(rows, n) for n in range(1, count + 1)}
+        if not ranks.several():
+            return self.budget.best(list(ways.values()), largest)
+        ways = {n: way for n, way in ways.items() if len(way) == n and n < count}
+        return self.budget.best_together(ways, parts, count, most, largest)
+
+    def _parts(self, batches: Sequence[Mapping[str, Any]]) -> list[Rows]:
+        """Each micro-batch as rows.
+
+        Raises:
+            UnfitError: one of them cannot be taken apart.
+        """
         parts = [rows_of(batch) for batch in batches]
         rows = joined(parts)
         if not rows.tokens:
@@ -119,10 +143,9 @@ class Fusion:
             raise UnfitError(f"a row is longer than the {self.longest:,} tokens that the model's attention sees")
         if self.means is not None and not all(part.shares[0].trained for part in parts):
             raise UnfitError("it trains no token, and has no mean")
-        if self.apart:
-            return parts
-        largest = max(part.padded for part in parts)
-        return self.budget.best([divided(rows, n) for n in range(1, len(parts) + 1)], largest)
+        if ranks.several() and not all(part.tokens for part in parts):
+            raise UnfitError("it has no tokens, and passes with those of other processes")
+        return parts
 
     def training_step(
         self, original: Callable[..., Any], trainer: Any, model: Any, inputs: Any, num_items_in_batch: Any = None

@@ -13,7 +13,7 @@ from sloth_plugins.batch_fusion.overrides import COUNTS_TOKENS, objections
 
 ADDITIVE_LOSSES = ("nll", "chunked_nll")
 PARALLEL = ("NO", "MULTI_GPU", "MULTI_CPU")
-"""accelerate's kinds of runs in which a process may pass as often as it likes before the last backward."""
+"""accelerate's kinds of runs, beside FSDP2, in which gradients wait for the pass that is told to synchronise."""
 
 
 def obstacle(trainer: Any, model: Any, run: Run) -> str | None:
@@ -36,8 +36,9 @@ def _obstacles(trainer: Any, model: Any, run: Run) -> Iterator[str]:
     yield from _losses(trainer, model)
     yield from _randomness(trainer, model, run)
     kind = trainer.accelerator.distributed_type
-    if str(getattr(kind, "value", kind)) not in PARALLEL or trainer.args.n_gpu > 1:
-        yield f"the run is spread as {kind}, where all processes have to pass equally often"
+    sharded = getattr(trainer.accelerator, "is_fsdp2", False)
+    if (str(getattr(kind, "value", kind)) not in PARALLEL and not sharded) or trainer.args.n_gpu > 1:
+        yield f"the run is spread as {kind}, which counts the passes of a step itself"
     if getattr(trainer.accelerator, "parallelism_config", None) is not None:
         yield "rows are spread over several processes"
     if trainer.args.world_size > 1 and getattr(trainer.args, COUNTS_TOKENS, False):

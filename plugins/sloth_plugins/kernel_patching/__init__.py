@@ -10,7 +10,7 @@ from torch import nn
 from sloth_backend.findings import Edits, Finding
 from sloth_backend.hookspecs import hookimpl
 from sloth_backend.roles import Role
-from sloth_backend.run import Run, is_causal_lm
+from sloth_backend.run import BY_MODULE, REASON_BY_MODULE, Run, is_causal_lm
 from sloth_kernels.op import Op
 from sloth_kernels.registry import load_ops
 from sloth_plugins.kernel_patching.lora import patch_linears
@@ -51,5 +51,11 @@ def sloth_patch_model(
     findings = patch_modules(model, run, ops, roles, edits)
     findings += patch_linears(model, run, ops, edits, program_layers(model))
     if run.config.allows(CAPABILITY) and CAPABILITY in ops:
-        findings.append(patch_loss(model, ops[CAPABILITY], edits))
+        findings.append(_patched_loss(model, run, ops[CAPABILITY], edits))
     return findings
+
+
+def _patched_loss(model: nn.Module, run: Run, op: Op, edits: Edits) -> Finding:
+    if run.sharding == BY_MODULE:
+        return Finding("skipped", "loss", REASON_BY_MODULE, CAPABILITY)
+    return patch_loss(model, op, edits)

@@ -8,7 +8,7 @@ use computes the logits then and there, through the head's own forward, with gra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,11 @@ from torch.utils._pytree import tree_map
 
 METADATA = {
     getattr(torch.Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_quantized", "is_sparse")
+    for name in (
+        *("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_quantized", "is_sparse"),
+        # DDP asks which outputs have a gradient function, and leaves those without one as they are.
+        *("grad_fn", "is_leaf"),
+    )
 } | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.is_floating_point, torch.Tensor.numel, torch.Tensor.__len__}
 """What can be answered without the numbers."""
 
@@ -33,6 +37,7 @@ SCALINGS: dict[Callable[..., Any], Callable[[float], float]] = {
 }
 TANH = (torch.tanh, torch.Tensor.tanh)
 FLOAT = (torch.Tensor.float,)
+COPIES = (torch.clone, torch.Tensor.clone)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Epilogue:
 class Product:
     """The product that was put off: ``head`` applied to ``hidden`` (..., H), and what came of it.
 
-    ``sums`` is set by the loss: the LossSums of ``linear_cross_entropy``.
+    ``sums`` is set by the loss: the LossSums of ``linear_cross_entropy``. ``differentiable``: whether gradients were
+    enabled when the head was called; without them its logits have none, whenever they are looked at.
     """
 
     head: nn.Linear
@@ -72,11 +78,19 @@ class Product:
     hidden: torch.Tensor
     autocast: torch.dtype | None
     sums: Any = None
+    differentiable: bool = field(default_factory=torch.is_grad_enabled)
 
     def compute(self) -> torch.Tensor:
         """The plain logits, under the autocast that was active when the head was called."""
+        if type(self.head.weight).__name__ == "DTensor":
+            # Gathering it here would wait for ranks that may never look at their logits.
+            raise RuntimeError(
+                "these logits were put off, and lm_head's weight has been sharded again since: look at them inside the "
+                "model's forward, or leave 'linear_cross_entropy' out of the backend's kernels to have them at once"
+            )
         kind = self.hidden.device.type
-        with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
+        gradients = torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled())
+        with gradients, torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
             return self.forward(self.hidden)
 
 
@@ -103,13 +117,18 @@ class LazyLogits(torch.Tensor):
 
     def materialize(self) -> torch.Tensor:
         """The logits as an ordinary tensor, kept for the next use unless that needs a gradient and this has none."""
-        stale = self._computed is not None and torch.is_grad_enabled() and not self._computed.requires_grad
-        if self._computed is None or stale:
+        if not self.is_computed():
             logits = self.product.compute()
             for step in self.steps:
                 logits = step(logits)
             self._computed = logits
+        assert self._computed is not None
         return self._computed
+
+    def is_computed(self) -> bool:
+        """Whether the logits are there, with a gradient where one is enabled."""
+        wanted = self.product.differentiable and torch.is_grad_enabled()
+        return self._computed is not None and (self._computed.requires_grad or not wanted)
 
     def then(self, step: Callable[[torch.Tensor], torch.Tensor], epilogue: Epilogue, dtype: torch.dtype) -> LazyLogits:
         """These logits after one more recorded step."""
@@ -140,12 +159,14 @@ def _plain(value: Any) -> Any:
 
 
 def _record(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyLogits | None:
-    """The lazy result of a scaling, tanh or upcast; None for everything else."""
+    """The lazy result of a scaling, tanh, upcast or copy; None for everything else."""
     lazy = args[0] if args else None
-    if not isinstance(lazy, LazyLogits) or kwargs:
+    if not isinstance(lazy, LazyLogits) or kwargs or lazy.is_computed():
         return None
     if func in FLOAT:
         return lazy.then(torch.Tensor.float, lazy.epilogue, torch.float32)
+    if func in COPIES:
+        return lazy.then(torch.clone, lazy.epilogue, lazy.dtype)
     if func in TANH and not lazy.epilogue.tanh:
         return lazy.then(torch.tanh, Epilogue(lazy.epilogue.scale, True), lazy.dtype)
     if func in SCALINGS and len(args) == 2:

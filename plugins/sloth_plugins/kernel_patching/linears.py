@@ -256,7 +256,9 @@ class _Base4bit(_Base):
         parameter, state = module._parameters["weight"], self._state()
         # bitsandbytes' parameters intercept what is asked of them, which costs more than the answer.
         with torch._C.DisableTorchFunctionSubclass():
-            place = (parameter.data_ptr(), id(state.absmax), module.compute_dtype)
+            # Of a weight that is gathered for each use, the memory comes and goes; its storage is the same.
+            storage = parameter.untyped_storage()._cdata, parameter.storage_offset()
+            place = (storage, id(state.absmax), module.compute_dtype)
         if place != self._place:
             self._weight, self._place = Weight4bit(quantized_of(parameter, state), module.compute_dtype), place
         return self._weight, module._parameters["bias"]

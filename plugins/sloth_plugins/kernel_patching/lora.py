@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sloth_backend.findings import Edits, Finding
-from sloth_backend.run import Run
+from sloth_backend.run import BY_MODULE, REASON_BY_MODULE, Run
 from sloth_kernels.op import Op
 from sloth_kernels.ops.lora import lora_linears
 from sloth_plugins.kernel_patching.linears import LiveLinear
@@ -32,11 +32,10 @@ def patch_linears(
     if tuner_layer is None or CAPABILITY not in ops or not run.config.allows(CAPABILITY):
         return []
     inside = _inside(taken)
-    return [
-        _patch(name, module, run, edits)
-        for name, module in model.named_modules()
-        if isinstance(module, tuner_layer) and module not in inside
-    ]
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, tuner_layer)}
+    if run.sharding == BY_MODULE:
+        return [Finding("skipped", name, REASON_BY_MODULE, CAPABILITY) for name in adapted]
+    return [_patch(name, module, run, edits) for name, module in adapted.items() if module not in inside]
 
 
 def _inside(modules: Iterable[nn.Module]) -> set[nn.Module]:

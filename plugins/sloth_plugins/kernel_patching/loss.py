@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +73,8 @@ def patch_loss(model: Any, op: Op, edits: Edits) -> Finding:
         return Finding("skipped", "loss", f"{obstacle}; the model computes its logits and loss itself", CAPABILITY)
     edits.set(head, "forward", types.MethodType(_lazy_forward(type(head).forward), head))
     _set_loss_function(model, _fused_loss(op.fn), edits)
-    edits.set(model, "forward", types.MethodType(_deferring_forward(type(model).forward), model))
+    forward = _deferring_forward(type(model).forward, head._parameters, weakref.ref(head.weight))
+    edits.set(model, "forward", types.MethodType(forward, model))
     trained = "trained" if head.weight.requires_grad else "frozen"
     return Finding("changed", "loss", f"{op.name} kernel over the {trained} head; logits only on demand", CAPABILITY)
 
@@ -124,7 +126,8 @@ def _set_loss_function(model: Any, loss: Callable[..., Any], edits: Edits) -> No
 def _lazy_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-        if _deferring.get() is None:
+        # With hooks of its own its weight may be there for this call alone.
+        if _deferring.get() is None or self._forward_pre_hooks or self._forward_hooks:
             return original(self, hidden)
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -134,7 +137,14 @@ def _lazy_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _deferring_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+def _deferring_forward(
+    original: Callable[..., Any], own: Mapping[str, Any], patched: weakref.ref[torch.Tensor]
+) -> Callable[..., Any]:
+    """``own`` are the head's parameters, ``patched`` its weight as it was before anything could shard it.
+
+    A weight that was replaced since may be there for the forward alone, and whoever evaluates looks at the logits
+    later: those are computed while it is.
+    """
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -146,11 +156,20 @@ def _deferring_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         token = _deferring.set(Deferral(labels, shift_labels))
         try:
-            return _counted(original(self, *args, **kwargs))
+            outputs = _counted(original(self, *args, **kwargs))
+            if not torch.is_grad_enabled() and own.get("weight") is not patched():
+                _compute_now(outputs)
+            return outputs
         finally:
             _deferring.reset(token)
 
     return forward
+
+
+def _compute_now(outputs: Any) -> None:
+    logits = getattr(outputs, "logits", None)
+    if isinstance(logits, LazyLogits):
+        logits.materialize()
 
 
 def _fused_loss(fn: Callable[..., Any]) -> Callable[..., torch.Tensor]:

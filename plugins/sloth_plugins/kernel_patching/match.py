@@ -180,7 +180,8 @@ def _stand_in(module: nn.Module, role: Role, randn: Callable[..., torch.Tensor])
 
 
 def _random_like(p: torch.Tensor, randn: Callable[..., torch.Tensor]) -> nn.Parameter:
-    return nn.Parameter(randn(*p.shape).to(p.dtype), requires_grad=False)
+    # Where ZeRO-3 has partitioned a parameter, its own shape is empty.
+    return nn.Parameter(randn(*getattr(p, "ds_shape", p.shape)).to(p.dtype), requires_grad=False)
 
 
 def _tiny_children(module: nn.Module, role: Role, randn: Callable[..., torch.Tensor]) -> dict[str, nn.Module | None]:

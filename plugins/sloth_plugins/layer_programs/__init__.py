@@ -22,7 +22,7 @@ from sloth_backend.hookspecs import hookimpl
 from sloth_backend.plan import CAPABILITY as MEMORY_PLAN
 from sloth_backend.plan import MemoryPlan
 from sloth_backend.roles import Role
-from sloth_backend.run import Run
+from sloth_backend.run import BY_MODULE, REASON_BY_MODULE, Run
 from sloth_kernels.dense_cache import DenseCache
 from sloth_kernels.op import Op
 from sloth_kernels.recording import CudaCapture
@@ -54,8 +54,9 @@ def sloth_patch_model(
     """
     layers = checkpointed_layers(model)
     off = [name for name in OPS if name not in ops or not run.config.allows(name)]
-    if off or not layers:
+    if off or not layers or run.sharding == BY_MODULE:
         reason = f"kernels leave out {', '.join(off)}" if off else "the model has no layers as transformers' have"
+        reason = REASON_BY_MODULE if run.sharding == BY_MODULE else reason
         return [Finding("skipped", "layers", reason, CAPABILITY)]
     # Here all ranks are at one point; shapes, for which plans are made, come to each of them at times of their own.
     budget = shared_budget(run)

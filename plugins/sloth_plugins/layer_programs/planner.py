@@ -79,6 +79,7 @@ class Planner:
         self.model = weakref.ref(model)
         self.run, self.layers, self.offloads = run, list(layers), offloads
         self.given, self.shared_budget = given, shared_budget
+        self.device = run.device or self.layers[0].x.device
         self.traced: dict[torch.dtype | None, list[Layer]] = {None: self.layers}
         """Autocast's dtype -> the layers as they are under it; those that are alike share one."""
         self.plans: dict[Shape, Chosen] = {}
@@ -126,7 +127,7 @@ class Planner:
 
     def pass_seconds(self, tokens: int, longest: int, autocast: torch.dtype | None, alone: bool) -> float | None:
         """Seconds that a pass of documents takes, forward and backward; None where no plan of it fits."""
-        device = self.layers[0].x.device
+        device = self.device
         shape = documents_shape(tokens, longest, autocast, alone)
         return self._seconds(shape) if self.planned(shape, device).fits else None
 
@@ -173,7 +174,7 @@ class Planner:
     @property
     def saves_memory(self) -> bool:
         """Whether memory counts more than time."""
-        return self._mode(self.layers[0].x.device) == "least"
+        return self._mode(self.device) == "least"
 
     def _choose(self, costs: Costs, shape: Shape, budget: int | None, device: torch.device) -> MemoryPlan:
         if self.given is not None:
@@ -211,7 +212,7 @@ class Planner:
         chosen = self.plans[shape]
         if chosen.plan is not plan:
             return None
-        costs = self._costs(shape, self.layers[0].x.device, levels_of)
+        costs = self._costs(shape, self.device, levels_of)
         costs = replace(costs, head_bytes=chosen.costs.head_bytes)
         tighter = plan.tighter(costs, self._host())
         if tighter is not None:
@@ -264,11 +265,23 @@ class Planner:
         """What is on the device whatever the plan: as measured before the first pass, and what training will add."""
         if self.fixed_bytes is None:
             trained = [p for p in self._parameters() if p.requires_grad]
-            gradients = sum(p.nbytes for p in trained if p.grad is None)
-            state = int(sum(p.numel() for p in trained) * self.run.optimizer_bytes)
+            held = [getattr(p, "_local_tensor", p) for p in trained if p.grad is None]
+            own = sum(getattr(p, "_local_tensor", p).numel() for p in trained)
             now = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-            self.fixed_bytes = now + gradients + state
+            gradients, state = sum(t.nbytes for t in held), int(own * self.run.optimizer_bytes)
+            self.fixed_bytes = now + gradients + state + self._gathered_bytes()
         return self.fixed_bytes
+
+    def is_sharded(self) -> bool:
+        """Whether parameters are gathered for the layer that runs: their memory comes and goes."""
+        return self.run.sharding is not None or any(type(p).__name__ == "DTensor" for p in self._parameters())
+
+    def _gathered_bytes(self) -> int:
+        """Of the layer that runs and the one that is gathered meanwhile, the gradients of the last one on their way."""
+        if not self.is_sharded():
+            return 0
+        linears = (layer.made.linears for layer in self.layers)
+        return 3 * max(sum(p.nbytes for live in own for p in live.module.parameters()) for own in linears)
 
     def _head(self) -> Any:
         """The model's head; None where it has none."""

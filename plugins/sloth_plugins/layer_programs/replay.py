@@ -80,8 +80,8 @@ class Replays:
         return True
 
     def _is_worth_it(self, shape: Shape, plan: MemoryPlan) -> bool:
-        if any(level.offloaded or level.tile_rows for level in plan.levels):
-            return False
+        if any(level.offloaded or level.tile_rows for level in plan.levels) or self.planner.is_sharded():
+            return False  # a recording reads parameters where they were
         # What layers keep, and a layer's output, its gradient, and what attention made that is copied.
         hidden = int(self.planner.traced[shape.autocast][0].widths[INPUT] * shape.tokens)
         needed = sum(max(0, level.device_bytes) + 4 * hidden for level in plan.levels)

@@ -1,0 +1,88 @@
+"""What is said of a way to spread a model that cannot carry a path, without any process."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import sloth_backend
+from integration_tests import tiny
+from integration_tests.several_gpus.cases import Case, make_model, quantized
+from sloth_backend import phases
+from sloth_backend.config import SlothConfig
+from sloth_backend.findings import Edits, Finding
+from sloth_backend.hosts.sharding import sharding_of, sharding_problems, take_over_checkpointing
+from sloth_backend.run import BY_MODULE, REASON_BY_MODULE, Run
+from sloth_plugins.program_layers import planner_of
+
+NONE = SlothConfig(kernels=False)
+
+
+def accelerator(kind: str = "FSDP", version: int = 2, computes: Any = None, stage: int = 3) -> Any:
+    """What the adapters ask of an Accelerator."""
+    policy = SimpleNamespace(param_dtype=computes)
+    state = SimpleNamespace(
+        fsdp_plugin=SimpleNamespace(mixed_precision_policy=policy, activation_checkpointing=True),
+        deepspeed_plugin=SimpleNamespace(zero_stage=stage),
+    )
+    return SimpleNamespace(distributed_type=SimpleNamespace(name=kind), state=state, is_fsdp2=version == 2)
+
+
+def test_the_ways_have_names() -> None:
+    assert sharding_of(accelerator("MULTI_GPU")) is None
+    assert [sharding_of(accelerator(version=v)) for v in (1, 2)] == ["fsdp1", "fsdp2"]
+    assert [sharding_of(accelerator("DEEPSPEED", stage=n)) for n in (1, 2, 3)] == ["zero-1", "zero-2", "zero-3"]
+
+
+def test_flattened_parameters() -> None:
+    assert "fsdp_version: 2" in sharding_problems(accelerator(version=1), SlothConfig(), None)[0]
+    assert sharding_problems(accelerator(version=1), NONE, None) == []
+
+
+def test_packed_weights_that_a_cast_would_destroy() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    model = quantized(tiny.make_model(tiny.make_tokenizer(), **sizes))
+    (problem,) = sharding_problems(accelerator(computes=torch.bfloat16), SlothConfig(), model)
+    assert "bnb_4bit_quant_storage=torch.bfloat16" in problem
+    for computes in (None, torch.float32):
+        assert sharding_problems(accelerator(computes=computes), SlothConfig(), model) == []
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_parameters_gathered_module_by_module(method: str) -> None:
+    """Modules still run on their ops; what would read the parameters of others says that it steps aside."""
+    model = make_model(Case("zero", method=method), tiny.make_tokenizer())
+    run = Run("user", SlothConfig(print_report=False), sharding=BY_MODULE)
+    session = phases.begin(run, model)
+    phases.before_train(session, model)
+    report = sloth_backend.report(model)
+    aside = {finding.capability for finding in report.of(action="skipped") if finding.reason == REASON_BY_MODULE}
+    assert aside == {"layer_program", "linear_cross_entropy"} | ({"lora"} if method == "lora" else set())
+    assert not any(report.of(action="changed", capability=capability) for capability in aside)
+    assert report.of(action="changed", capability="rms_norm")
+
+
+def test_checkpointing_that_some_layers_still_need() -> None:
+    fsdp, edits = accelerator(), Edits()
+    found = [Finding(a, "layer", "", "layer_program") for a in ("changed", "skipped")]
+    take_over_checkpointing(fsdp, found, edits)
+    assert found[-1].action == "warned"
+    assert fsdp.state.fsdp_plugin.activation_checkpointing
+    found = found[:1]
+    take_over_checkpointing(fsdp, found, edits)
+    assert found[-1].action == "changed"
+    assert not fsdp.state.fsdp_plugin.activation_checkpointing
+    edits.rollback()
+    assert fsdp.state.fsdp_plugin.activation_checkpointing
+
+
+def test_recordings_are_not_made_of_gathered_parameters() -> None:
+    """A recording reads parameters where they were."""
+    model = make_model(Case("recorded"), tiny.make_tokenizer())
+    phases.before_train(phases.begin(Run("user", SlothConfig(print_report=False), sharding="fsdp2"), model), model)
+    assert planner_of(model).is_sharded()
+    sloth_backend.optimize(model, config={"print_report": False})
+    assert not planner_of(model).is_sharded()
