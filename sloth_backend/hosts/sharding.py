@@ -62,7 +62,7 @@ def take_over_checkpointing(accelerator: Any, findings: list[Finding], edits: Ed
 
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     layers = [finding for finding in findings if finding.capability == "layer_program"]
-    if sharding_of(accelerator) != "fsdp2" or not plugin.activation_checkpointing or not layers:
+    if plugin is None or sharding_of(accelerator) != "fsdp2" or not plugin.activation_checkpointing or not layers:
         return
     if any(finding.action != "changed" for finding in layers):
         reason = "FSDP's activation_checkpointing runs every layer again in backward, those of the backend too"

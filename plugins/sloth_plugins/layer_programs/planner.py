@@ -269,7 +269,9 @@ class Planner:
             own = sum(getattr(p, "_local_tensor", p).numel() for p in trained)
             now = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
             gradients, state = sum(t.nbytes for t in held), int(own * self.run.optimizer_bytes)
-            self.fixed_bytes = now + gradients + state + self._gathered_bytes()
+            fixed = now + gradients + state + self._gathered_bytes()
+            self.fixed_bytes = fixed
+            return fixed
         return self.fixed_bytes
 
     def is_sharded(self) -> bool:
