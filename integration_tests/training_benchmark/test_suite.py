@@ -160,7 +160,7 @@ def test_contenders_are_interleaved_and_the_truth_runs_once() -> None:
     order = [(j.workload, j.round, j.contender) for j in todo]
     assert order[:5] == [("full", 0, name) for name in who] + [("full", 1, "stock"), ("full", 1, "sloth")]
     points = {j.contender: j.points for j in todo if j.workload == "ctx"}
-    assert points["stock-fp32"] == ((1, 4096),)
+    assert points["stock-fp32"] == ((1, 4096), (1, 8192), (1, 16384))
     assert len(points["stock"]) == 5
 
 

@@ -1,8 +1,8 @@
 """Where the time of one step goes on a CUDA GPU: kernel time by phase, forward and backward apart, and the idle share.
 
 Trains a contender until the clock has settled, traces one step (kernels only, so that the host is hardly slower), and
-writes DIR/profile-CONTENDER-WORKLOAD.json and .md. The step's time is that of a step beside it without the tracer, from
-the end of the one before it to its own; a trainer's says what of it went into making batches.
+writes DIR/profile-CONTENDER-WORKLOAD.json and .md. The step's time is the median of the steps before it, without the
+tracer, each from the end of the one before to its own; a trainer's says what of it went into making batches.
 
 usage: python -m integration_tests.benchmarks.training.profile_step CONTENDER WORKLOAD --out DIR [--model FOLDER]
            [--point 1x65536] [--warmup 24]
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,8 +24,8 @@ from integration_tests.benchmarks.training.contenders import CONTENDERS
 from integration_tests.benchmarks.training.measure import parse_points
 from integration_tests.benchmarks.training.workloads import Point
 
-TRACED = 2
-"""Steps after the workload's warm-up: the first is timed without the tracer, the second is traced."""
+TIMED = 5
+"""Steps after the workload's warm-up that are timed without the tracer; the next one is traced."""
 
 
 class Stopwatch:
@@ -50,7 +51,7 @@ class Stopwatch:
 
 
 class Tracer:
-    """Times the last step but one of ``steps`` and traces the last; ``begin`` and ``end`` stand around every step."""
+    """Traces the last of ``steps``, times those before; ``begin`` and ``end`` stand around every step."""
 
     def __init__(self, steps: int) -> None:
         from torch.profiler import ProfilerActivity, profile
@@ -60,9 +61,9 @@ class Tracer:
         self.wait = wait
         self.step, self.last = 0, steps - 1
         self.start = 0.0
-        self.seconds = 0.0
+        self.all_seconds: list[float] = []
         self.batches = Stopwatch()
-        self.batch_seconds: float | None = None
+        self.all_batch_seconds: list[float] = []
         activity = ProfilerActivity.CUDA if loading.device().type == "cuda" else ProfilerActivity.CPU
         self.profiler: Any = profile(activities=[activity])
 
@@ -75,13 +76,23 @@ class Tracer:
     def end(self) -> None:
         """After it."""
         self.wait()
-        if self.step == self.last - 1:
-            self.seconds = time.perf_counter() - self.start
-            self.batch_seconds = self.batches.seconds if self.batches.used else None
+        if self.last - TIMED <= self.step < self.last:
+            self.all_seconds.append(time.perf_counter() - self.start)
+            self.all_batch_seconds.append(self.batches.seconds)
         if self.step == self.last:
             self.profiler.stop()
         self.step += 1
         self.start, self.batches.seconds = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return statistics.median(self.all_seconds)
+
+    @property
+    def batch_seconds(self) -> float | None:
+        """Of making a step's batches; None where nobody made any."""
+        return statistics.median(self.all_batch_seconds) if self.batches.used else None
 
     def events(self) -> list[dict[str, Any]]:
         """Of the traced step."""
@@ -148,7 +159,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU is visible to torch; the kernels' time is measured on one")
     before = workloads.WORKLOADS[options.workload].warmup if options.warmup is None else options.warmup
-    workload = workloads.get(options.workload, steps=before + TRACED)
+    workload = workloads.get(options.workload, steps=before + TIMED + 1)
     point = options.point[0] if options.point else workload.points[0]
     folder = options.model or run.ensure_model(run.Settings(), workload)
     loading.imitate_card(CONTENDERS[options.contender].card_gib)

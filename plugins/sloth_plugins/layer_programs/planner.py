@@ -262,17 +262,19 @@ class Planner:
         )
 
     def _fixed(self, device: torch.device) -> int:
-        """What is on the device whatever the plan: as measured before the first pass, and what training will add."""
+        """What is on the device whatever the plan."""
         if self.fixed_bytes is None:
-            trained = [p for p in self._parameters() if p.requires_grad]
-            held = [getattr(p, "_local_tensor", p) for p in trained if p.grad is None]
-            own = sum(getattr(p, "_local_tensor", p).numel() for p in trained)
-            now = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-            gradients, state = sum(t.nbytes for t in held), int(own * self.run.optimizer_bytes)
-            fixed = now + gradients + state + self._gathered_bytes()
-            self.fixed_bytes = fixed
-            return fixed
+            self.fixed_bytes = self._held_by_training(device)
         return self.fixed_bytes
+
+    def _held_by_training(self, device: torch.device) -> int:
+        """As measured before the first pass, and what training will add."""
+        trained = [p for p in self._parameters() if p.requires_grad]
+        held = [getattr(p, "_local_tensor", p) for p in trained if p.grad is None]
+        own = sum(getattr(p, "_local_tensor", p).numel() for p in trained)
+        now = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        gradients, state = sum(t.nbytes for t in held), int(own * self.run.optimizer_bytes)
+        return now + gradients + state + self._gathered_bytes()
 
     def is_sharded(self) -> bool:
         """Whether parameters are gathered for the layer that runs: their memory comes and goes."""
