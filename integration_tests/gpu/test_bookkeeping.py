@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+import sloth_backend
 from integration_tests import tiny
 from integration_tests.hosts.trl_runs import CLOCKS, OWN_HEAD, lora
 from sloth_plugins.batch_fusion import bookkeeping
@@ -26,7 +27,8 @@ WARM = 3
 STEPS = 6
 
 
-def make_trainer(folder: Path, **options: Any) -> SFTTrainer:
+def make_trainer(folder: Path, **config: Any) -> SFTTrainer:
+    """``config``: options of the backend."""
     tokenizer = tiny.make_tokenizer()
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
@@ -37,11 +39,11 @@ def make_trainer(folder: Path, **options: Any) -> SFTTrainer:
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "bf16": True}
     return SFTTrainer(
         model,
-        SFTConfig(str(folder), **steps, **quiet, gradient_checkpointing=False, learning_rate=1e-3, **options),
+        SFTConfig(str(folder), **steps, **quiet, gradient_checkpointing=False, learning_rate=1e-3),
         train_dataset=Dataset.from_list([{"input_ids": row} for row in rows]),
         processing_class=tokenizer,
         peft_config=lora(),
-        backend={"print_report": False, "accumulation": "fused"},
+        backend={"print_report": False, "accumulation": "fused", **config},
     )
 
 
@@ -89,3 +91,19 @@ def test_the_host_waits_for_nothing_in_a_step_and_logs_the_same(
     first, theirs = trainer.state.log_history[0], waiting.state.log_history[0]
     for key in ("loss", "entropy", "num_tokens", "mean_token_accuracy"):
         assert first[key] == theirs[key], key
+
+
+def test_two_runs_of_recorded_passes_are_equal_to_the_bit(tmp_path: Path) -> None:
+    runs = []
+    for name in ("first", "second"):
+        trainer = make_trainer(tmp_path / name, deterministic=True)
+        trainer.train()
+        said = [finding.subject for finding in sloth_backend.report(trainer.model).findings]
+        assert "short passes" in said
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        runs.append((losses, weights))
+        sloth_backend.undo(trainer.model)
+    (losses, weights), (again, others) = runs
+    assert losses == again
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
