@@ -33,10 +33,10 @@ def first_imports(kind: str) -> None:
 
 
 def device() -> torch.device:
-    """The first GPU, or the CPU."""
+    """This process's GPU, or the CPU."""
     import torch
 
-    return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
 def imitate_card(gib: float | None) -> None:

@@ -10,6 +10,7 @@ import argparse
 import gc
 import importlib
 import json
+import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,8 @@ def measure(
     loading.first_imports(contender.kind)
     import torch
 
+    if torch.cuda.is_available():
+        torch.cuda.set_device(loading.device())
     clock = importlib.import_module(f"{HOME}.clock")
     about = {"workload": workload, "contender": name, "device": clock.device_name()}
     about["versions"] = clock.versions(contender.kind)
@@ -105,7 +108,8 @@ def main() -> None:
     points = parse_points(options.points) or list(workloads.get(options.workload, options.tiny).points)
     scale = options.tiny, options.steps, options.budget
     for result in measure(options.contender, options.workload, options.model, points, *scale):
-        print(MARK + json.dumps(result), flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(MARK + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
 import zlib
@@ -17,6 +18,11 @@ FIRST_ID, LAST_ID = 3, 100_000
 MEAN_TOKENS = 110
 """Of a row of Alpaca's lengths."""
 ADAPTER = re.compile(r"layers\.\d+\..*\.lora_([AB])\b.*weight$")
+
+
+def processes() -> int:
+    """How many train together, each on rows of its own."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def lengths(workload: Workload, point: Point, count: int) -> list[int]:
@@ -39,13 +45,13 @@ def token_rows(workload: Workload, point: Point, vocab: int) -> list[list[int]]:
 def tokens_per_step(workload: Workload, point: Point) -> float:
     """Tokens of a step, padding not counted, on average; packed rows count as full."""
     if workload.packing:
-        return float(point[0] * workload.accumulation * point[1])
+        return float(point[0] * workload.accumulation * point[1] * processes())
     return sum(lengths(workload, point, row_count(workload, point))) / workload.steps
 
 
 def row_count(workload: Workload, point: Point) -> int:
-    """Rows of all steps; where they are packed, enough to fill one step more."""
-    packed = point[0] * workload.accumulation * workload.steps
+    """Rows of all steps of all processes; where they are packed, enough to fill one step more."""
+    packed = point[0] * workload.accumulation * workload.steps * processes()
     return packed if not workload.packing else (packed + point[0] * workload.accumulation) * point[1] // MEAN_TOKENS
 
 

@@ -85,6 +85,7 @@ def arguments(contender: Contender, workload: Workload, point: Point) -> SFTConf
         train_sampling_strategy="sequential",
         packing=workload.packing,
         seed=0,
+        ddp_find_unused_parameters=False,
         logging_steps=1,
         report_to="none",
         save_strategy="no",
