@@ -136,10 +136,10 @@ class Fusion:
             UnfitError: one of them cannot be taken apart.
         """
         parts = [rows_of(batch) for batch in batches]
-        rows = joined(parts)
-        if not rows.tokens:
+        lengths = [length for part in parts for length in part.lengths]
+        if not sum(lengths):
             raise UnfitError("it has no tokens")
-        if self.longest is not None and max(rows.lengths) > self.longest:
+        if self.longest is not None and max(lengths) > self.longest:
             raise UnfitError(f"a row is longer than the {self.longest:,} tokens that the model's attention sees")
         if self.means is not None and not all(part.shares[0].trained for part in parts):
             raise UnfitError("it trains no token, and has no mean")

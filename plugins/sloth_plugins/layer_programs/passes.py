@@ -25,11 +25,10 @@ from sloth_plugins.kernel_patching.loss import limit_logits
 from sloth_plugins.layer_programs.costs import Shape
 from sloth_plugins.layer_programs.layer import Layer, shape_of
 from sloth_plugins.layer_programs.planner import Planner
-from sloth_plugins.layer_programs.replay import Replays, Tapes
+from sloth_plugins.layer_programs.replay import CAPABILITY, Replays, Tapes
 from sloth_plugins.offloaded_checkpointing.ring import Handle, Kept
 from sloth_plugins.offloaded_checkpointing.seam import Rings, held_by
 
-CAPABILITY = "memory_plan"
 SETTLED = 6
 """The pass before which the measured peak is looked at: gradients and optimizer state exist by then."""
 
