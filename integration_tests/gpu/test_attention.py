@@ -170,6 +170,22 @@ def test_no_wait_for_the_device(mask: str, sinks: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
+def test_gradients_do_not_depend_on_the_layout_of_an_earlier_call(name: str) -> None:
+    """torch keeps cuDNN's plans by the layouts of q, k and v alone."""
+    spec = AttentionSpec(128**-0.5)
+    (q, k, v, *_), _ = make_call(torch.bfloat16, CUDA, spec, 1, 512, (4, 2), (128, 128))
+    dense = torch.randn(1, 512, 4, 128, device=CUDA, dtype=torch.bfloat16)
+    apart = dense.new_zeros(1, 512, 4 * 128 + 32)[..., : 4 * 128].copy_(dense.flatten(2)).unflatten(2, (4, 128))
+    found = [
+        torch.autograd.grad(_Forced.apply(name, q, k, v, None, None, spec), (q, k, v), dout.transpose(1, 2))
+        for dout in (dense, apart, dense)
+    ]
+    for first, *others in zip(*found, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, first, rtol=1e-2, atol=1e-3)
+
+
 def test_memory_is_that_of_the_output() -> None:
     """Projections are not copied: a forward takes out and the log-sum-exp, and no copy of q, k or v to get there."""
     spec = AttentionSpec(128**-0.5)

@@ -14,7 +14,7 @@ from sloth_kernels.optimizers.batch import Batch, refusal
 
 DEVICE = torch.device("cpu" if launch.interpreting() else "cuda")
 DTYPES = launch.INTERPRETER_DTYPES if launch.interpreting() else launch.TRITON_DTYPES
-SIZES = [(1,), (255,), (256,), (257,), (4095,), (8, 160), (3001,), (0,)]
+SIZES = [(1,), (255,), (256,), (257,), (2047,), (8, 160), (0,)]
 BETAS = (0.875, 0.984375)
 """Exact in float32, with 1 - beta: the interpreter computes with Python's numbers, which are float64."""
 STEPS = 3
@@ -59,9 +59,10 @@ def nearly(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 @pytest.mark.skipif(not launch.interpreting(), reason="a GPU's instructions are those of bitsandbytes, see tests/gpu")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("eight_bit", [True, False], ids=["8-bit", "32-bit"])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("dtype", "eight_bit", "weight_decay"),
+    [(dtype, bits, 0.1 * ((i + bits) % 2)) for i, dtype in enumerate(DTYPES) for bits in (True, False)],
+)
 def test_kernels_equal_reference(dtype: torch.dtype, eight_bit: bool, weight_decay: float, launches: Any) -> None:
     ours, theirs = make_tensors(dtype), make_tensors(dtype)
     our_states = [make_state(p, eight_bit) for p in ours]

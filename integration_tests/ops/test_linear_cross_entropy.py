@@ -370,6 +370,17 @@ def test_forbidden_and_extreme_logits(rows: str, softcap: float | None) -> None:
         torch.testing.assert_close(mine, grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("at", [0, 57])
+def test_a_logit_that_is_nan_makes_its_rows_loss_nan(rows: str, at: int) -> None:
+    hidden, weight, labels = make(6, trained="h")
+    labels[:] = 3
+    bias = torch.zeros(100, device=DEVICE)
+    bias[at] = float("nan")
+    sums = linear_cross_entropy(hidden, weight, labels, bias)
+    assert sums.loss_sum.isnan()
+    assert gradients([hidden], sums.loss_sum)[0].isnan().any()
+
+
 @pytest.mark.parametrize("label", [-1, -100, 100, 10**12])
 def test_labels_out_of_range(rows: str, label: int, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels = make(6, trained="h")

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from integration_tests.peft_layers import linears_of, siblings
-from sloth_kernels import launch
+from sloth_kernels import launch, lora_passes
 from sloth_kernels.adapters import Adapter, LoraLinear, autocast_dtype, needs_of, operands_of, plan_of
 from sloth_kernels.dropout import drop, generator_of, replaying
 from sloth_kernels.frozen_weight import DenseWeight
@@ -43,16 +43,16 @@ def _state() -> torch.Tensor:
 
 def _functional(
     x: torch.Tensor, linears: list[LoraLinear], dys: Sequence[torch.Tensor]
-) -> tuple[lora.Computed, torch.Tensor | None, Gradients]:
+) -> tuple[lora_passes.Computed, torch.Tensor | None, Gradients]:
     """Forward and backward as a caller with a backward of its own makes them."""
     with torch.no_grad():
         plan = plan_of(linears, x.shape, x.dtype, autocast_dtype(x))
         operands = operands_of(linears)
         needs = needs_of(operands)
-        computed = lora.forward(x, plan, operands)
+        computed = lora_passes.forward(x, plan, operands)
         kept = computed.banks_t if any(needs.Bs) else ()
-        saved = lora.Saved(plan, operands, x if lora.saves_x(needs) else None, kept, computed.draws)
-        dx, grads = lora.backward(dys, saved, needs, x.dtype)
+        saved = lora_passes.Saved(plan, operands, x if lora_passes.saves_x(needs) else None, kept, computed.draws)
+        dx, grads = lora_passes.backward(dys, saved, needs, x.dtype)
     return computed, dx, [*grads.weights, *grads.biases, *grads.As, *grads.Bs]
 
 
@@ -140,11 +140,11 @@ def test_forward_computes_the_same_again_and_leaves_the_stream() -> None:
     linears, x = _linears(16, [8, 12], dropout=0.5), _randn(5, 16)
     plan, operands = plan_of(linears, x.shape, x.dtype, None), operands_of(linears)
     with torch.no_grad():
-        first = lora.forward(x, plan, operands)
+        first = lora_passes.forward(x, plan, operands)
         before = _state()
-        again = lora.forward(x, plan, operands, first.draws)
+        again = lora_passes.forward(x, plan, operands, first.draws)
         assert torch.equal(_state(), before)
-        other = lora.forward(x, plan, operands)
+        other = lora_passes.forward(x, plan, operands)
     assert all(map(torch.equal, first.ys, again.ys))
     assert all(map(torch.equal, first.banks_t, again.banks_t))
     assert not torch.equal(first.ys[0], other.ys[0])
@@ -246,8 +246,8 @@ def test_outputs_and_gradients_as_columns_of_one_buffer(dtype: torch.dtype) -> N
     buffer = torch.full((10, 22), 7.0, dtype=dtype, device=DEVICE)
     outs = [buffer[:, :8], buffer[:, 8:20]]
     with torch.no_grad():
-        ys = lora.forward(x, plan, operands, outs=outs).ys
-        plain = lora.forward(x, plan, operands).ys
+        ys = lora_passes.forward(x, plan, operands, outs=outs).ys
+        plain = lora_passes.forward(x, plan, operands).ys
     for y, out, other in zip(ys, outs, plain, strict=True):
         assert y.data_ptr() == out.data_ptr()
         assert torch.equal(y, other.view_as(y))

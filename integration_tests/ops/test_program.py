@@ -14,11 +14,12 @@ from integration_tests.four_bit import from_bitsandbytes
 from sloth_kernels import relief
 from sloth_kernels.adapters import Adapter, LoraLinear
 from sloth_kernels.frozen_weight import DenseWeight, Weight4bit
+from sloth_kernels.glu_stage import Glu
 from sloth_kernels.linears import Linears
 from sloth_kernels.ops import attention, glu, rms_norm, rope
 from sloth_kernels.ops.attention import AttentionSpec
 from sloth_kernels.program import Program
-from sloth_kernels.stages import Attention, Glu, Norm, Residual, Rope, Split
+from sloth_kernels.stages import Attention, Norm, Residual, Rope, Split
 from sloth_kernels.tiles import Tiled
 from sloth_kernels.values import Here, Park
 
@@ -27,6 +28,8 @@ B, S, H, HEADS, KV, D, WIDE, R = 2, 5, 12, 3, 1, 4, 20, 2
 
 class Layer:
     """A pre-norm layer with adapters, all in float64, as a program and as plain torch."""
+
+    batch, length = B, S
 
     def __init__(self, fused: bool = False, trained_weights: bool = False, scale: float = 0.7) -> None:
         self.scale = scale
@@ -38,8 +41,8 @@ class Layer:
         shapes |= {"o": (H, HEADS * D), "gate": (WIDE, H), "up": (WIDE, H), "down": (H, WIDE)}
         self.linears = {name: self.linear(shape, trained_weights) for name, shape in shapes.items()}
         self.fused = fused
-        self.x = self.randn(B, S, H).requires_grad_()
-        angles = self.randn(B, S, D)
+        self.x = self.randn(self.batch, self.length, H).requires_grad_()
+        angles = self.randn(self.batch, self.length, D)
         self.constants = {"cos": angles.cos(), "sin": angles.sin(), "mask": None}
         self.spec = AttentionSpec(scale=0.4)
 
@@ -76,8 +79,8 @@ class Layer:
             Attention("q", "k", "v", "a", D, self.spec),
             *self.branch("a", "o", read("o"), "x", "x2"),
             Norm("x2", "n2", lambda: norm2, 1e-6, "scale_cast_plus_one", rms_norm.OP),
-            Linears("n2", ["gate", "up"], read("gate", "up")),
-            Glu("gate", "up", "h", "silu", glu.OP),
+            gate_up := Linears("n2", ["gate", "up"], read("gate", "up")),
+            Glu("gate", "up", "h", "silu", glu.OP, gate_up),
             *self.branch("h", "m", read("down"), "x2", "y"),
         ]
         return Program(stages, ("cos", "sin", "mask"))
@@ -247,7 +250,9 @@ class Layer4bit(Layer):
         for maker, reader in zip(program.stages, program.stages[1:], strict=False):
             if isinstance(maker, (Norm, Glu)) and isinstance(reader, Linears):
                 maker.room = reader.room
-                reader.leaves_sum = isinstance(maker, Glu)
+                reader.taker = maker if isinstance(maker, Glu) else None
+            if isinstance(maker, Attention) and isinstance(reader, Linears):
+                reader.dense_gradient = True
         return program
 
 

@@ -92,7 +92,7 @@ class Operands(NamedTuple, Generic[T]):
 
 
 def operands_of(linears: Sequence[LoraLinear]) -> Operands[Any]:
-    """The weights and tensors of ``linears``, as ``lora.forward`` takes them."""
+    """The weights and tensors of ``linears``, as ``lora_passes.forward`` takes them."""
     adapters = [adapter for linear in linears for adapter in linear.adapters]
     return Operands(
         [linear.weight for linear in linears],

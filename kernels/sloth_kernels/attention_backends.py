@@ -138,7 +138,14 @@ def cudnn_forward(x: Inputs) -> tuple[Tensor, tuple[Any, ...]]:
     return out, (lse, seed, offset)
 
 
+def _in_layout_of(out: Tensor, dout: Tensor) -> Tensor:
+    """torch keeps a plan of cuDNN's by the layouts of q, k and v alone: whoever comes second with another dout gets
+    numbers from the wrong places. So all have the one of ``out``, as stock's do."""
+    return dout if dout.stride() == out.stride() else torch.empty_like(out).copy_(dout)
+
+
 def cudnn_backward(dout: Tensor, x: Inputs, out: Tensor, extras: tuple[Any, ...]) -> Gradients:
+    dout = _in_layout_of(out, dout)
     return aten._scaled_dot_product_cudnn_attention_backward(
         dout, _cudnn_query(x.q), x.k, x.v, out, *extras, additive(x, CUDNN_MASKED), None, None,
         x.q.shape[2], x.k.shape[2], x.spec.dropout, x.causal, scale=x.spec.scale,

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 from sloth_kernels.launch import next_power_of_2, on_device_of, tl, triton
 
-BLOCK_V, NUM_WARPS, NUM_STAGES = 2048, 8, 3
-"""Columns a program takes at a time (a 16-byte load a thread in bf16), its warps, and the blocks it holds or awaits."""
+BLOCK_V, NUM_WARPS, NUM_STAGES = 2048, 16, 1
+"""Columns a program takes at a time (an 8-byte load a thread in bf16), its warps, and the blocks it holds or awaits."""
 TORCH_TEMPORARIES = 6
 """Tensors of the chunk's size, in the dtype of ``stats_3C``, that ``torch_rows`` holds at its peak."""
 
@@ -56,9 +56,9 @@ def _cross_entropy_row_kernel(
     x_label = tl.load(x_ptr + label, mask=in_range, other=float("nan"))
     z_label = _logits(x_label, scale, softcap, HAS_SOFTCAP)
 
-    # m starts finite: from -inf the first rescaling would be 0 * inf. s and a are kept per lane, so that a block costs
-    # one reduction across the warps (the maximum) and not three.
-    m = tl.where(in_range & (z_label > -1e30), z_label, -1e30)
+    # Each lane keeps its own m, s and a: no block waits for a maximum across the warps, and of the two factors that
+    # rescale (what was summed, what is added) one is always 1, so that an element costs one exponential.
+    m = tl.full([BLOCK], -1e30, tl.float32)  # finite: from -inf the first rescaling would be 0 * inf
     s = tl.zeros([BLOCK], tl.float32)
     a = tl.zeros([BLOCK], tl.float32)
     tied = tl.zeros([BLOCK], tl.int1)  # with the label, and before it
@@ -68,17 +68,19 @@ def _cross_entropy_row_kernel(
         x = tl.load(x_ptr + cols, mask=cols < x_stride, other=0.0)
         z = tl.where(cols < n_vocab, _logits(x, scale, softcap, HAS_SOFTCAP), float("-inf"))
         tied = tied | ((z == z_label) & (cols < label))
-        m_next = tl.maximum(m, tl.max(z, 0))
-        shrink = tl.exp(m - m_next)
-        e = tl.exp(z - m_next)
-        a = shrink * (a + (m - m_next) * s) + e * tl.maximum(z - m_next, -1e30)  # not 0 * -inf where z is -inf
-        s = shrink * s + e
-        m = m_next
-    total = tl.sum(s, 0)
-    lse = m + tl.log(total)
-    hit = (z_label >= m) & (tl.max(tied.to(tl.int32), 0) == 0)
+        d = z - m
+        e = tl.exp(-tl.abs(d))
+        a = tl.where(d > 0, e * (a - d * s), a + e * tl.maximum(d, -1e30))  # not 0 * -inf where z is -inf
+        s = tl.where(d > 0, e * s + 1.0, s + e)
+        m = tl.maximum(m, z)
+    top = tl.max(m, 0)
+    shrink = tl.exp(m - top)
+    total = tl.sum(shrink * s, 0)
+    entropy = tl.log(total) - tl.sum(shrink * (a + (m - top) * s), 0) / total
+    lse = top + tl.log(total)
+    hit = (z_label >= top) & (tl.max(tied.to(tl.int32), 0) == 0)
     tl.store(stats_ptr + row, lse - z_label)
-    tl.store(stats_ptr + stats_stride + row, tl.log(total) - tl.sum(a, 0) / total)
+    tl.store(stats_ptr + stats_stride + row, entropy)
     tl.store(stats_ptr + 2 * stats_stride + row, hit.to(tl.float32))
 
     if WRITE_GRAD:

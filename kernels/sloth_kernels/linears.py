@@ -1,7 +1,7 @@
 """The stage of linears that share an input, with their adapters.
 
 Where the dense weights are kept (``dense_cache.py``) and everything is of one dtype, a weight and its adapters are one
-product each way; in all other cases ``ops/lora.py`` computes the group.
+product each way; in all other cases ``lora_passes.py`` computes the group.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sloth_kernels.adapters import LoraLinear, Operands, Siblings
+from sloth_kernels import lora_passes
+from sloth_kernels.adapters import LoraLinear, Operands, Plan, Siblings
 from sloth_kernels.dense_cache import DenseGroup, Joined
 from sloth_kernels.frozen_weight import Weight4bit
-from sloth_kernels.ops import lora
+from sloth_kernels.gradients import Contracted, LowRankSum, SumTaker, plain
 from sloth_kernels.products import in_dtype, product, rows, split
-from sloth_kernels.stages import Grads, LowRankSum, NamedStage, plus
+from sloth_kernels.stages import Grads, NamedStage, plus
 
 DENSE_TRAFFIC = 1.27
 """Bytes moved for each byte of a dense 16-bit weight made of 4 bits: a quarter is read, with its scales."""
@@ -60,18 +61,36 @@ class Linears(NamedStage):
         group: DenseGroup | None = None,
         residual: str | None = None,
     ) -> None:
-        inner = f"{ys[0]}.t"
-        super().__init__((x,) if residual is None else (x, residual), (*ys, inner), (x, inner))
+        self.inner = f"{ys[0]}.t"
+        super().__init__((x,) if residual is None else (x, residual), (*ys, self.inner), (x, self.inner))
         self.read, self.group = read, group or DenseGroup()
         self._siblings: Siblings | None = None
         self._forms: list[_Form] | None = None
         self._columns = 0
-        self.leaves_sum = False
-        """Whether the stage that made x takes a ``LowRankSum`` for the gradient of it."""
+        self.taker: SumTaker | None = None
+        """The stage that made x, where it takes a ``LowRankSum`` for the gradient of it."""
+        self.dense_gradient = False
+        """Whether the stage that made x would copy a gradient of it whose rows are apart."""
+
+    def forget(self) -> None:
+        """Keep no tensor of its linears until it is bound again; what they cost is still known."""
+        self.forms()
+        self._siblings = None
 
     def room(self) -> int:
         """The columns that it would have behind x, as it was bound last."""
         return self._columns if self.group.keeps else 0
+
+    def contractions(self) -> Sequence[tuple[int, int]]:
+        """Of which columns of t, (first, count), each dy's product is of use, as it was bound last; 0 where of none."""
+        if self._siblings is None or not self.group.keeps:
+            return [(0, 0)] * (len(self.writes) - 1)
+        first, wanted = 0, []
+        for _, _, adapters in self._siblings.linears:
+            count = sum(len(adapter.A_RK) for adapter in adapters)
+            wanted.append((first, count if any(adapter.B_NR.requires_grad for adapter in adapters) else 0))
+            first += count
+        return wanted
 
     def forms(self) -> list[_Form]:
         """Of its linears, as they were bound last."""
@@ -134,7 +153,7 @@ class BoundLinears:
             self.residual_dtype = residual.dtype
         if plan.dtype == x.dtype and siblings.in_4bit and self.stage.group.keeps:
             return self._forward_joined(x, self.stage.group.joined(siblings, x.dtype), residual)
-        ys, banks_t, self.draws = lora.forward(x, plan, siblings.operands, self.draws)
+        ys, banks_t, self.draws = lora_passes.forward(x, plan, siblings.operands, self.draws)
         return (*ys, banks_t) if residual is None else (residual + ys[0], banks_t)
 
     @property
@@ -186,46 +205,91 @@ class BoundLinears:
         siblings, reads = self.siblings, len(self.stage.reads)
         plan, made = siblings.plan(x), self.stage.group.made(siblings)
         pairs = zip(dys, plan.dtypes, strict=False)
-        own = [None if dy is None else in_dtype(dy, y_dtype) for dy, (_, y_dtype) in pairs]
+        own = [None if dy is None else in_dtype(plain(dy), y_dtype) for dy, (_, y_dtype) in pairs]
         there = [dy for dy in own if dy is not None]
         if made is not None and plan.dtype == x.dtype and wants[0] and len(there) == len(own):
-            dx, flat = self._backward_joined(x, banks_t[0], [rows(dy) for dy in there], wants[reads:], made)
-            if not (self.stage.leaves_sum and dxs[0] is None and dx.u_TR.shape[1]):
-                dx = dx.dy_TK.addmm_(dx.u_TR, dx.A_RK) if dx.u_TR.shape[1] else dx.dy_TK
+            dx, flat = self._backward_joined(values, dys, [rows(dy) for dy in there], wants[reads:], made, dxs[0])
         else:
             needs = Operands.of(plan, wants[reads:])
-            saved = lora.Saved(plan, siblings.operands, x if lora.saves_x(needs) else None, banks_t, self.draws)
-            dx, grads = lora.backward(own, saved, needs, x.dtype if wants[0] else None)
+            saved = lora_passes.Saved(
+                plan, siblings.operands, x if lora_passes.saves_x(needs) else None, banks_t, self.draws
+            )
+            dx, grads = lora_passes.backward(own, saved, needs, x.dtype if wants[0] else None)
             flat = [*grads.weights, *grads.biases, *grads.As, *grads.Bs]
         if not isinstance(dx, LowRankSum):
             dx = plus(dxs[0], None if dx is None else dx.view(x.shape))
         return (dx,) if reads == 1 else (dx, plus(dxs[1], in_dtype(there[0], self.residual_dtype))), flat
 
     def _backward_joined(
-        self, x: torch.Tensor, t_TR: torch.Tensor, dys: Sequence[torch.Tensor], needs: Sequence[bool], made: Joined
-    ) -> tuple[LowRankSum, list[torch.Tensor | None]]:
-        """dx, and the gradients of the operands, which are in the order of ``flattened``."""
-        operands, plan, width = self.siblings.operands, self.siblings.plan(x), x.shape[-1]
-        n, m = len(dys), len(plan.scales)
+        self,
+        values: Mapping[str, Any],
+        given: Sequence[Any],
+        dys: Sequence[torch.Tensor],
+        needs: Sequence[bool],
+        made: Joined,
+        dx: Any,
+    ) -> tuple[LowRankSum | torch.Tensor, list[torch.Tensor | None]]:
+        """dx (T, K), and the gradients of the operands, which are in the order of ``flattened``.
+
+        Args:
+            values: those that the stage needs.
+            given: the gradients of its results as they came, ``dys`` are those (T, N).
+            needs: which of the operands' are wanted.
+            made: what forward's products read.
+            dx: what other stages have added to it.
+        """
+        x, (t_TR,) = (values[name] for name in self.stage.needs)
+        n, m = len(dys), len(self.siblings.operands.As)
         grads: list[torch.Tensor | None] = [None] * (2 * (n + m))
-        joined = torch.mm(dys[0], made.weights[0])
-        for dy, weight in zip(dys[1:], made.weights[1:], strict=True):
-            joined.addmm_(dy, weight)
-        dx_TK, u_TR = _parts(joined, width, t_TR.shape[1])
-        A_RK = self._A(made)
+        if self.stage.dense_gradient:
+            parts = [_parts(weight, x.shape[-1], t_TR.shape[1]) for weight in made.weights]
+            dx_TK, u_TR = (_product_sum(dys, weights) for weights in zip(*parts, strict=True))
+        else:
+            dx_TK, u_TR = _parts(_product_sum(dys, made.weights), x.shape[-1], t_TR.shape[1])
         for i, dy in enumerate(dys):
             if needs[n + i]:
-                grads[n + i] = dy.sum(0, dtype=operands.biases[i].dtype)
+                grads[n + i] = dy.sum(0, dtype=self.siblings.operands.biases[i].dtype)
+        A_RK = self._A(made)
         if A_RK is None:
-            return LowRankSum(dx_TK, u_TR, dx_TK[:0]), grads
-        first, ranks = 2 * n, plan.banks[0].ranks
+            return dx_TK, grads
+        first, ranks, taker = 2 * n, self.siblings.plan(x).banks[0].ranks, self.stage.taker if dx is None else None
+        dA_RK, is_owed = None, False
         if any(needs[first : first + m]):
-            grads[first : first + m] = split(product(u_TR.t(), rows(x), operands.As[0].dtype), ranks, 0)
-        for j, own_t_TR in enumerate(split(t_TR, ranks)):
-            if needs[first + m + j]:
-                dy = dys[plan.owners[j]]
-                grads[first + m + j] = product(dy.t(), own_t_TR, operands.Bs[j].dtype, plan.scales[j])
-        return LowRankSum(dx_TK, u_TR, A_RK), grads
+            is_owed = taker is not None and taker.fills(values, u_TR)
+            dA_RK = self._dA(u_TR, rows(x), is_owed)
+            grads[first : first + m] = split(dA_RK, ranks, 0)
+        grads[first + m :] = self._dBs(self.siblings.plan(x), given, dys, t_TR, needs[first + m :])
+        if taker is None:
+            return dx_TK.addmm_(u_TR, A_RK), grads
+        return LowRankSum(dx_TK, u_TR, A_RK, dA_RK if is_owed else None), grads
+
+    def _dA(self, u_TR: torch.Tensor, x_TK: torch.Tensor, is_owed: bool) -> torch.Tensor:
+        """uᵀ x (R, K); only the memory for it where it is left to another stage."""
+        dtype = self.siblings.operands.As[0].dtype
+        if is_owed:
+            return u_TR.new_empty(u_TR.shape[1], x_TK.shape[1], dtype=dtype)
+        return product(u_TR.t(), x_TK, dtype)
+
+    def _dBs(
+        self,
+        plan: Plan,
+        given: Sequence[Any],
+        dys: Sequence[torch.Tensor],
+        t_TR: torch.Tensor,
+        needs: Sequence[bool],
+    ) -> list[torch.Tensor | None]:
+        """s dyᵀ t (N, R) of each adapter, from the product that came with dy where one did."""
+        grads, first = [], 0
+        for owner, B_NR, scale, needed in zip(plan.owners, self.siblings.operands.Bs, plan.scales, needs, strict=True):
+            dy, count, grad = given[owner], B_NR.shape[1], None
+            there = dy.columns(first, count) if needed and isinstance(dy, Contracted) else None
+            if there is not None:
+                grad = torch.mul(there, scale, out=torch.empty_like(there, dtype=B_NR.dtype))
+            elif needed:
+                grad = product(dys[owner].t(), t_TR.narrow(1, first, count), B_NR.dtype, scale)
+            grads.append(grad)
+            first += count
+        return grads
 
 
 def _beside(x_TK: torch.Tensor, t_TR: torch.Tensor, width: int) -> torch.Tensor | None:
@@ -246,6 +310,14 @@ def _parts(joined: torch.Tensor, width: int, rank: int, dim: int = 1) -> Sequenc
     return joined.split_with_sizes((width, rank, joined.shape[dim] - width - rank), dim)[:2]
 
 
+def _product_sum(lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the products of pairs."""
+    total = torch.mm(lefts[0], rights[0])
+    for left, right in zip(lefts[1:], rights[1:], strict=True):
+        total.addmm_(left, right)
+    return total
+
+
 def _apart(
     x_TK: torch.Tensor,
     t_TR: torch.Tensor,
@@ -253,14 +325,11 @@ def _apart(
     bias_N: torch.Tensor | None,
     addend: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The product with W_JN (K + columns, N) in two. The short one goes first, for the long one to add to; with a bias
-    the long one is first, as its size must not cost the term its last bits."""
-    rank = t_TR.shape[1]
+    """The product with W_JN (K + columns, N) in two. The short one goes first, for the long one to add to: a term that
+    is added to what has been rounded is lost where it is small, as an adapter's is after its first update."""
+    rank, more = t_TR.shape[1], bias_N if addend is None else addend
     W_KN, B_RN = _parts(W_JN, x_TK.shape[1], rank, 0)
-    if bias_N is not None:
-        y = torch.addmm(bias_N, x_TK, W_KN)
-        return y.addmm_(t_TR, B_RN) if rank else y
     if not rank:
-        return torch.mm(x_TK, W_KN) if addend is None else torch.addmm(addend, x_TK, W_KN)
-    y = torch.mm(t_TR, B_RN) if addend is None else torch.addmm(addend, t_TR, B_RN)
-    return y.addmm_(x_TK, W_KN)
+        return torch.mm(x_TK, W_KN) if more is None else torch.addmm(more, x_TK, W_KN)
+    y = torch.mm(t_TR, B_RN).addmm_(x_TK, W_KN)
+    return y if more is None else y.add_(more)

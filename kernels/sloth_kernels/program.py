@@ -56,7 +56,7 @@ class Stage(Protocol):
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     needs: tuple[str, ...]
-    """Of its reads and writes, those that its backward looks at."""
+    """The values that its backward looks at: of its reads and writes, or of what stages before it wrote."""
 
     def bind(self, autocast: torch.dtype | None) -> Bound:
         """The stage as it is now: its parameters may have been replaced, its adapters switched since the last call.

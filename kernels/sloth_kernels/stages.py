@@ -8,12 +8,12 @@ autograd makes of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from sloth_kernels.op import Op
-from sloth_kernels.ops import attention, glu, rms_norm, rope
+from sloth_kernels.ops import attention, rms_norm, rope
 from sloth_kernels.ops.attention import AttentionSpec
 
 Grads = tuple[Sequence[Any], Sequence[torch.Tensor | None]]
@@ -32,18 +32,6 @@ def plus(total: torch.Tensor | None, term: torch.Tensor | None) -> torch.Tensor 
     if total is None or term is None:
         return term if total is None else total
     return total + term
-
-
-class LowRankSum(NamedTuple):
-    """A gradient ``dy + u A`` that is not summed yet: dy (T, K), u (T, R), A (R, K)."""
-
-    dy_TK: torch.Tensor
-    u_TR: torch.Tensor
-    A_RK: torch.Tensor
-
-    def sum(self) -> torch.Tensor:
-        """The gradient (T, K)."""
-        return torch.addmm(self.dy_TK, self.u_TR, self.A_RK) if self.u_TR.shape[1] else self.dy_TK
 
 
 def vjp(
@@ -253,40 +241,6 @@ class _BoundAttention:
         )
         flat = (side_by_side(grad).to(t.dtype) for grad, t in zip(grads, (q, k, v), strict=True))
         return (*(plus(dx, grad) for dx, grad in zip(dxs, flat, strict=False)), None), ()
-
-
-class Glu(NamedStage):
-    """Gated linear unit: gate, up -> h."""
-
-    def __init__(self, gate: str, up: str, h: str, variant: str, op: Op, room: Room = no_room) -> None:
-        super().__init__((gate, up), (h,), (gate, up))
-        self.variant, self.op, self.room = variant, op, room
-        self.overwrites = (gate, up)
-
-    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> tuple[Any, ...]:
-        """h."""
-        if self.op.fn is glu.glu and glu.kernel_takes(gate, up):
-            return (glu.forward(gate, up, self.variant, self.room()),)
-        return (self.op.fn(gate, up, self.variant),)
-
-    def backward(
-        self, values: Mapping[str, Any], dys: Sequence[Any], dxs: Sequence[Any], wants: Sequence[bool]
-    ) -> Grads:
-        """dgate and dup."""
-        gate, up = (values[name] for name in self.needs)
-        runs = self.op.fn is glu.glu and glu.kernel_takes(gate, up)
-        last = set(self.needs).issubset(dying(values))
-        if isinstance(dys[0], LowRankSum):
-            if runs and dys[0].u_TR.shape[1] <= glu.MAX_RANK:
-                dy_TK, u_TR, A_RK = dys[0]
-                grads = glu.low_rank_backward(dy_TK, u_TR, A_RK, gate, up, self.variant, last)
-                return [plus(dx, grad) for dx, grad in zip(dxs, grads, strict=True)], ()
-            dys = [dys[0].sum().view(gate.shape)]
-        if runs:
-            grads = glu.backward(dys[0], gate, up, self.variant, last)
-        else:
-            grads = vjp(lambda g, u: self.op.fn(g, u, self.variant), (gate, up), dys, wants)
-        return [plus(dx, grad) for dx, grad in zip(dxs, grads, strict=True)], ()
 
 
 class Split(NamedStage):

@@ -42,21 +42,21 @@ def _case(
 def cases() -> list[Case]:
     """Odd sizes, single rows, several chunks, every epilogue, and each choice of what trains."""
     return [
-        _case("odd", (252, 123, 507)),
+        _case("odd", (36, 123, 507)),
         _case("small", (5, 64, 33)),
         _case("one_row", (1, 40, 129)),
-        _case("frozen_head", (37, 64, 300), trained="h"),
-        _case("head_alone", (37, 64, 300), trained="wb", bias=True),
-        _case("ignored", (252, 123, 507), ignored=0.6, chunk_rows=48),
+        _case("frozen_head", (13, 64, 300), trained="h"),
+        _case("head_alone", (13, 64, 300), trained="wb", bias=True),
+        _case("ignored", (52, 123, 507), ignored=0.6, chunk_rows=8),
         _case("all_ignored", (9, 32, 65), ignored=1.1, trained="hwb", bias=True),
-        _case("own_ignore_index", (60, 48, 97), ignored=0.3, ignore_index=0),
-        _case("bias", (70, 48, 97), trained="hwb", bias=True, chunk_rows=32),
-        _case("scale", (70, 48, 257), scale=0.0625),
-        _case("softcap", (70, 48, 257), softcap=3.0, trained="h"),
+        _case("own_ignore_index", (20, 48, 97), ignored=0.3, ignore_index=0),
+        _case("bias", (22, 48, 97), trained="hwb", bias=True, chunk_rows=10),
+        _case("scale", (18, 48, 257), scale=0.0625),
+        _case("softcap", (18, 48, 257), softcap=3.0, trained="h"),
         _case(
-            "everything", (131, 72, 1031), ignored=0.2, trained="hwb", bias=True, scale=2.5, softcap=5.0, chunk_rows=50
+            "everything", (35, 72, 1031), ignored=0.2, trained="hwb", bias=True, scale=2.5, softcap=5.0, chunk_rows=12
         ),
-        _case("several_blocks", (20, 32, 2 * BLOCK_V + 77), ignored=0.2, chunk_rows=8),
+        _case("several_blocks", (13, 32, 2 * BLOCK_V + 77), ignored=0.2, chunk_rows=4),
     ]
 
 

@@ -3,9 +3,7 @@
     s = c(scale q kᵀ) + mask        p_ij = exp(s_ij) / (Σ_j exp(s_ij) + exp(sink_h))        out = p v
     c is the identity, or softcap tanh(· / softcap) (Gemma 2, arXiv:2408.00118)
 
-A sink (gpt-oss) is one more key with score sink_h and value 0. Kernels need not know of it: with the log-sum-exp L they
-return, L' = log(exp L + exp sink) is that of the row with its sink, and out' = exp(L - L') out. Their backward reads
-p' = exp(s - L') and δ = Σ dout out' from out' and L', so it is exact as it is; dsink = -Σ exp(sink - L') δ.
+A sink (gpt-oss) is one more key with score sink_h and value 0; kernels need not know of it (``attention_sinks``).
 
 Shapes: q (B, Hq, S, D), k (B, Hk, T, D), v (B, Hk, T, E), Hq a multiple of Hk, out (B, Hq, S, E); sinks (Hq,). Mask:
 None, bool (True: seen) or numbers to add, broadcastable to (B, Hq, S, T). Without one, ``spec`` says what is seen;
@@ -35,6 +33,7 @@ from sloth_kernels import attention_backends as kernels
 from sloth_kernels import attention_documents as ways
 from sloth_kernels.attention_backends import Backend, token_major
 from sloth_kernels.attention_inputs import AttentionSpec, Inputs, band, check_fit, inputs_of, mask_form, written
+from sloth_kernels.attention_sinks import add_sinks, sink_gradient
 from sloth_kernels.cases.attention import cases, timings
 from sloth_kernels.documents import DocumentMask
 from sloth_kernels.op import Op
@@ -246,7 +245,7 @@ def run(backend: Backend, x: Inputs) -> tuple[Tensor, tuple[Any, ...]]:
         return _record(backend, x)
     out, extras = backend.forward(prepared(backend, x))
     if x.sinks is not None:
-        out, extras = _add_sinks(out, extras, x.sinks)
+        out, extras = add_sinks(out, extras, x.sinks)
     return token_major(out), extras
 
 
@@ -266,20 +265,6 @@ def differentiable(backend: Backend, x: Inputs) -> Tensor:
     if backend.differentiable is None:
         raise ValueError(f"attention: autograd cannot follow backend {backend.name}; call run and run_backward")
     return token_major(backend.differentiable(prepared(backend, x)))
-
-
-def _add_sinks(out: Tensor, extras: tuple[Any, ...], sinks: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    """out' and L'; a kernel's L may have more rows than out, or a last dimension of 1."""
-    lse = extras[0].reshape(*out.shape[:2], -1)
-    with_sink = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    share = torch.exp(lse - with_sink)[..., : out.shape[2]]
-    return out.mul_(share.unsqueeze(-1)), (with_sink.view(extras[0].shape), *extras[1:])
-
-
-def _sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    lse = lse.reshape(*out.shape[:2], -1)[..., : out.shape[2]]
-    delta = (dout.to(lse.dtype) * out).sum(-1)
-    return torch.exp(sinks.to(lse.dtype)[:, None] - lse).mul_(delta).sum((0, 2)).neg_().to(sinks.dtype)
 
 
 def backward(
@@ -310,7 +295,7 @@ def run_backward(
         return dq, dk, dv, rest[0] if rest else None
     dout, heads = kernels.walkable(dout), x.k.shape[1]
     dq, dk, dv = backend.backward(dout, prepared(backend, x), out, extras)
-    dsinks = None if x.sinks is None else _sink_gradient(dout, out, extras[0], x.sinks)
+    dsinks = None if x.sinks is None else sink_gradient(dout, out, extras[0], x.sinks)
     return dq, kernels.grouped_sum(dk, heads), kernels.grouped_sum(dv, heads), dsinks
 
 

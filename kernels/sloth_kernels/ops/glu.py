@@ -43,7 +43,7 @@ def reference(gate: torch.Tensor, up: torch.Tensor, variant: str = "silu") -> to
 
 
 @triton.jit
-def _activation(g, VARIANT: tl.constexpr):
+def activation(g, VARIANT: tl.constexpr):
     """Returns act(g) and act'(g)."""
     if VARIANT == "silu":
         s = tl.sigmoid(g)
@@ -76,7 +76,7 @@ def _glu_forward_kernel(
     i = tl.arange(0, BLOCK)
     gate = tl.load(gate_ptr + row * gate_stride + start + i, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + start + i, mask=mask, other=0.0).to(tl.float32)
-    act, _ = _activation(gate, VARIANT)
+    act, _ = activation(gate, VARIANT)
     tl.store(y_ptr + row * y_stride + start + i, act * up, mask=mask)
 
 
@@ -91,7 +91,7 @@ def _glu_backward_kernel(
     dy = tl.load(dy_ptr + row * dy_stride + start + i, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + start + i, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + start + i, mask=mask, other=0.0).to(tl.float32)
-    act, slope = _activation(gate, VARIANT)
+    act, slope = activation(gate, VARIANT)
     tl.store(dgate_ptr + row * cols + start + i, dy * up * slope, mask=mask)
     tl.store(dup_ptr + row * cols + start + i, dy * act, mask=mask)
 
@@ -115,7 +115,7 @@ def _glu_low_rank_backward_kernel(
     dy = tl.dot(u, A, dy, input_precision="ieee")
     gate = tl.load(gate_ptr + t_wide * gate_stride + i[None, :], mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + t_wide * up_stride + i[None, :], mask=mask, other=0.0).to(tl.float32)
-    act, slope = _activation(gate, VARIANT)
+    act, slope = activation(gate, VARIANT)
     out = t_wide * cols + i[None, :]
     tl.store(dgate_ptr + out, dy * up * slope, mask=mask)
     tl.store(dup_ptr + out, dy * act, mask=mask)
@@ -148,7 +148,7 @@ def forward(gate: torch.Tensor, up: torch.Tensor, variant: str, room: int = 0) -
     return y
 
 
-def _results(gate: torch.Tensor, up: torch.Tensor, overwrite: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def results_of(gate: torch.Tensor, up: torch.Tensor, overwrite: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Where dgate and dup go: each element is read before it is written, by the same thread."""
     if overwrite and gate.is_contiguous() and up.is_contiguous():
         return gate, up
@@ -160,7 +160,7 @@ def backward(
     dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, variant: str, overwrite: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns dgate and dup (..., I), contiguous; with ``overwrite`` in the memory of contiguous gate and up."""
-    dgate, dup = _results(gate, up, overwrite)
+    dgate, dup = results_of(gate, up, overwrite)
     (dy, gate, up), strides, cols = _rows(dy, gate, up)
     grid, blocks, block, num_warps = _grid(dup.numel(), cols)
     _glu_backward_kernel(
@@ -192,7 +192,7 @@ def low_rank_backward(
 
     ``dy`` (T, I) and ``u_TR`` (T, R) have contiguous rows, ``A_RI`` (R, I) too; R is at most ``MAX_RANK``.
     """
-    dgate, dup = _results(gate, up, overwrite)
+    dgate, dup = results_of(gate, up, overwrite)
     gate, gate_stride, _ = row_strides(gate)
     up, up_stride, _ = row_strides(up)
     (rows, cols), rank = dy.shape, u_TR.shape[1]
