@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,15 @@ def test_demo_from_docstrings_to_picture(tmp_path: Path, offline: None) -> None:
     assert len(run["seconds"]) == 2
 
 
+@pytest.fixture
+def lean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are started import less."""
+    folder = tmp_path / "lean"
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", child.without_optional(os.environ, folder)["PYTHONPATH"])
+
+
+@pytest.mark.usefixtures("lean")
 def test_compare_trains_the_given_model_with_and_without(tmp_path: Path, model_folder: Path, data_file: Path) -> None:
     options = ("--model", model_folder, "--data", data_file, "--steps", 3, "--seed", 1, "--out", tmp_path / "out")
     result = sloth("demo", *options, "--compare")

@@ -63,4 +63,13 @@ def test_healthy_tiny_tokenizer() -> None:
 
 def test_order_of_the_faults() -> None:
     names = [fault.__module__.rsplit(".", 1)[-1] for fault in tokenizer_healing.FAULTS]
-    assert names == ["truth", "special_tokens", "pad_token", "added_tokens", "doubled", "round_trip"]
+    assert names == [
+        "truth",
+        "ranked_truth",
+        "special_tokens",
+        "pad_token",
+        "added_tokens",
+        "chat_template",
+        "doubled",
+        "round_trip",
+    ]

@@ -9,13 +9,15 @@ without a length, and gradients overflow. For a matrix W of V rows, of which U h
 The sum runs in float64 and the mean is rounded once, to W's dtype. The plain mean, sum(W) / V, is too short by a factor
 of (V - U) / V and is not used. Works on frozen and on trained weights, which are changed in place and never replaced.
 
-Left out: matrices that are quantised, sharded, or not loaded yet; each gets a Finding.
+``embedding_storage`` knows how rows are stored. Left out, each with a Finding: matrices that are not loaded yet, that
+are flattened (FSDP1, ZeRO-3), or that are quantised so that rows cannot be told apart (double quantisation).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,22 +25,28 @@ from torch import nn
 from sloth_backend.findings import Action, Edits, Finding
 from sloth_backend.hookspecs import hookimpl
 from sloth_backend.phases import base_model
-from sloth_backend.run import Run
+from sloth_backend.run import Run, find_embedding
+from sloth_plugins.embedding_storage import Plain, store_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CAPABILITY = "embedding_fix"
-CHUNK_ELEMENTS = 1 << 23
-"""Entries handled at a time: bounds the float64 copy that a reduction may make to 64 MiB."""
+SHOWN = 4
+"""Tokens that are named in a report."""
 
 
 @hookimpl
-def sloth_fix_embeddings(model: nn.Module, run: Run, edits: Edits) -> list[Finding] | None:
+def sloth_fix_embeddings(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, run: Run, edits: Edits
+) -> list[Finding] | None:
     """Fix the input and the output embeddings, the copies that adapters train included."""
     if not run.config.fix_embeddings:
         return None
     matrices = find_matrices(base_model(model))
     if not matrices:
         return [Finding("skipped", "embeddings", "the model names no input or output embeddings", CAPABILITY)]
-    return [fix(matrix, run.config.untrained_threshold, edits) for matrix in matrices]
+    return [fix(matrix, run.config.untrained_threshold, edits, tokenizer) for matrix in matrices]
 
 
 @dataclass
@@ -67,7 +75,7 @@ def find_matrices(model: nn.Module) -> list[Matrix]:
     """The embedding matrices of a causal language model, tied ones once."""
     names = {module: name for name, module in model.named_modules()}
     found: dict[int, Matrix] = {}
-    for module in (_embedding(model, "get_input_embeddings"), _embedding(model, "get_output_embeddings")):
+    for module in (find_embedding(model, "input"), find_embedding(model, "output")):
         for owner, row_copies in _owners(module):
             name, weight = f"{names.get(owner, type(owner).__name__)}.weight", owner.weight
             if not isinstance(weight, nn.Parameter):
@@ -77,13 +85,6 @@ def find_matrices(model: nn.Module) -> list[Matrix]:
             known = {id(values) for _, values in matrix.row_copies}
             matrix.row_copies += [copy for copy in row_copies if id(copy[1]) not in known]
     return list(found.values())
-
-
-def _embedding(model: nn.Module, getter: str) -> nn.Module | None:
-    try:
-        return getattr(model, getter)()
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def _owners(module: nn.Module | None) -> Iterator[tuple[nn.Module, list[tuple[list[int], nn.Parameter]]]]:
@@ -108,80 +109,79 @@ def _row_copies(layer: nn.Module | None) -> list[tuple[list[int], nn.Parameter]]
     return [(list(rows[name]), values) for name, values in getattr(layer, "trainable_tokens_delta", {}).items()]
 
 
-def obstacle(weight: torch.Tensor) -> str | None:
-    """Why the rows of ``weight`` cannot be read and written here, or None."""
-    data = weight.data
-    if data.is_meta:
-        return "its values are not loaded yet (meta device)"
-    if not data.is_floating_point() or data.element_size() < 2:
-        return f"it is quantised ({str(data.dtype).removeprefix('torch.')})"
-    if type(data) is not torch.Tensor:
-        return f"it is a {type(data).__name__}, whose rows are spread over ranks or packed; fix them before sharding"
-    if data.dim() != 2 or data.numel() == 0:
-        return f"it is sharded or flattened (shape {tuple(data.shape)} here); fix it before sharding"
-    return None
-
-
 @torch.no_grad()
-def fix(matrix: Matrix, threshold: float, edits: Edits) -> Finding:
+def fix(matrix: Matrix, threshold: float, edits: Edits, tokenizer: Any = None) -> Finding:
     """Set the untrained rows of one matrix to the mean of the trained ones.
 
     Args:
         matrix: what to repair, in place.
         threshold: a row is untrained when no entry is larger in magnitude.
         edits: takes the old rows, so that undo can restore them.
+        tokenizer: tells which of the rows a text can reach, or None.
     """
-    reason = obstacle(matrix.weight)
-    if reason:
-        return _finding("warned" if matrix.weight.is_meta else "skipped", matrix, f"left alone: {reason}")
-    weight = matrix.weight.data
-    untrained = untrained_rows(weight, threshold)
-    trained = len(weight) - len(untrained)
+    store = store_of(matrix.weight)
+    if isinstance(store, str):
+        return _finding("warned" if matrix.weight.is_meta else "skipped", matrix, f"left alone: {store}")
+    untrained = _untrained(store, threshold)
+    trained = len(store) - len(untrained)
     # The padding row is zero because nn.Embedding made it so, gets no gradient, and is never a target: it is no
     # fault. It is no trained row either, so it stays out of the divisor.
-    rows = untrained if matrix.padding_row is None else untrained[untrained != matrix.padding_row % len(weight)]
+    rows = untrained if matrix.padding_row is None else untrained[untrained != matrix.padding_row % len(store)]
     if len(rows) == 0:
         return _finding("skipped", matrix, "no untrained rows")
     if trained == 0:
-        return _finding("warned", matrix, f"all {len(weight)} rows are untrained: were the weights loaded? Left alone")
-    before = weight[rows]
-    weight[rows] = 0
-    mean = (column_sum(weight) / trained).to(weight.dtype)
-    if not mean.isfinite().all():
-        weight[rows] = before
+        return _finding("warned", matrix, f"all {len(store)} rows are untrained: were the weights loaded? Left alone")
+    before = store.read(rows)
+    store.write(rows, 0.0)
+    mean = store.total() / trained
+    if not store.finite(mean):
+        store.restore(rows, before, store.read(rows))
         return _finding("warned", matrix, f"{len(rows)} untrained rows left alone: the trained rows hold inf or NaN")
-    _write(matrix.weight, rows, before, mean, edits)
+    store.write(rows, mean)
+    after = store.read(rows)
+    edits.on_undo(lambda: _restore(store, rows, before, after))
     for numbers, values in matrix.row_copies:
         _fix_copies(numbers, values, rows, threshold, mean, edits)
     return _finding(
         "changed",
         matrix,
-        f"{len(rows)} of {len(weight)} rows were untrained (no entry above {threshold:g}); "
-        f"set to the mean of the {trained} trained ones",
+        f"{len(rows)} of {len(store)} rows were untrained (no entry above {threshold:g}); "
+        f"set to the mean of the {trained} trained ones{reach(rows.tolist(), tokenizer)}",
     )
+
+
+def obstacle(weight: nn.Parameter) -> str | None:
+    """Why single rows of ``weight`` cannot be read and written as a plain tensor's, or None."""
+    store = store_of(weight)
+    if isinstance(store, str):
+        return store
+    return None if type(store) is Plain else f"it is quantised or sharded ({type(weight.data).__name__})"
 
 
 def untrained_rows(weight: torch.Tensor, threshold: float) -> torch.Tensor:
     """Numbers of the rows of ``weight`` (V, H) without an entry above ``threshold`` in magnitude, ascending, int64."""
-    largest = []
-    for chunk in _chunks(weight):
-        low, high = torch.aminmax(chunk, dim=1)
-        largest.append(torch.maximum(-low, high))
-    # float32, since the threshold is not representable in float16
-    return (torch.cat(largest).float() <= threshold).nonzero().flatten()
+    return _untrained(Plain(nn.Parameter(weight, requires_grad=False)), threshold)
 
 
-def column_sum(weight: torch.Tensor) -> torch.Tensor:
-    """The sum (H) of the rows of ``weight`` (V, H), float64 (float32 on Apple's GPUs, which have no float64)."""
-    dtype = torch.float32 if weight.device.type == "mps" else torch.float64
-    total = torch.zeros(weight.shape[1], dtype=dtype, device=weight.device)
-    for chunk in _chunks(weight):
-        total += chunk.sum(dim=0, dtype=dtype)
-    return total
+def _untrained(store: Plain, threshold: float) -> torch.Tensor:
+    return (store.largest() <= threshold).nonzero().flatten()
 
 
-def _chunks(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return weight.split(max(1, CHUNK_ELEMENTS // weight.shape[1]))
+def reach(rows: list[int], tokenizer: Any) -> str:
+    """Which of the rows a text can reach, as the end of a sentence: those of tokens, and of them the template's."""
+    if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
+        return ""
+    wanted = set(rows)
+    tokens = sorted(token for token, number in tokenizer.get_vocab().items() if number in wanted)
+    if not tokens:
+        return "; no text reaches them: none is a token of the tokenizer"
+    templates = str(getattr(tokenizer, "chat_template", None) or "")
+    roles = {token for token in getattr(tokenizer, "special_tokens_map", {}).values() if isinstance(token, str)}
+    used = [token for token in tokens if token in roles or token in templates]
+    if not used:
+        return f"; {len(tokens)} of them are tokens that a text can hold, none is used by the chat template"
+    shown = ", ".join(map(repr, used[:SHOWN])) + ("..." if len(used) > SHOWN else "")
+    return f"; {len(tokens)} of them are tokens that a text can hold, and every chat would: {shown}"
 
 
 def _fix_copies(
@@ -190,25 +190,17 @@ def _fix_copies(
     """Give the mean to an adapter's copies of fixed rows, where they are as untrained as the originals were."""
     fixed = torch.isin(torch.tensor(numbers, device=rows.device), rows)
     small = (values.data.abs().amax(dim=1).float() <= threshold).to(rows.device)
-    places = (fixed & small).nonzero().flatten().to(values.device)
-    _write(values, places, values.data[places], mean.to(values), edits)
+    places, store = (fixed & small).nonzero().flatten().to(values.device), Plain(values)
+    if len(places):
+        before = store.read(places)
+        store.write(places, mean.to(values.device))
+        after = store.read(places)
+        edits.on_undo(lambda: _restore(store, places, before, after))
 
 
-def _write(weight: nn.Parameter, rows: torch.Tensor, before: torch.Tensor, mean: torch.Tensor, edits: Edits) -> None:
-    weight.data[rows] = mean
-
-    @torch.no_grad()
-    def restore() -> None:
-        """Bring back the old rows, except those that training has moved since: that work is the user's."""
-        data = weight.data
-        if type(data) is not torch.Tensor or data.dim() != 2 or len(data) <= int(rows.max()):
-            return
-        places = rows.to(data.device)
-        still = (data[places] == mean.to(data)).all(dim=1)
-        data[places[still]] = before.to(data)[still]
-
-    if len(rows):
-        edits.on_undo(restore)
+@torch.no_grad()
+def _restore(store: Plain, rows: torch.Tensor, before: Any, after: Any) -> None:
+    store.restore(rows, before, after)
 
 
 def _finding(action: Action, matrix: Matrix, reason: str) -> Finding:

@@ -87,6 +87,15 @@ def state(tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def assert_not_compared(tokenizer: Any) -> None:
+    """Healing says that the file beside it belongs to another tokenizer, and changes nothing."""
+    before = state(tokenizer)
+    [finding] = heal(tokenizer)
+    assert (finding.action, finding.subject) == ("warned", "tokenizer.encode")
+    assert "belongs to another tokenizer" in finding.reason
+    assert state(tokenizer) == before
+
+
 def edit_backend(tokenizer: Any, change: Callable[[dict[str, Any]], None]) -> None:
     """Change a tokenizer's ``tokenizer.json`` and put it back."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())

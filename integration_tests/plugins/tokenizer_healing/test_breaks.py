@@ -19,6 +19,7 @@ from transformers import (
 from integration_tests import tiny
 from integration_tests.plugins.tokenizer_healing.common import (
     actions,
+    assert_not_compared,
     dressed,
     edit_backend,
     heal,
@@ -171,11 +172,7 @@ def test_padding_and_truncation_survive(healthy: Any) -> None:
 
 def test_model_of_another_tokenizer(healthy: Any, folder: Path, trained: Callable[..., Path]) -> None:
     shutil.copy(trained("symbols", user_defined_symbols=["<sep>", "foo"]), folder / "tokenizer.model")
-    before = state(healthy)
-    [finding] = heal(healthy)
-    assert (finding.action, finding.subject) == ("warned", "tokenizer.encode")
-    assert "belongs to another tokenizer" in finding.reason
-    assert state(healthy) == before
+    assert_not_compared(healthy)
 
 
 @pytest.mark.parametrize(
@@ -213,12 +210,6 @@ def test_corrupt_sentencepiece_model(healthy: Any, folder: Path, content: bytes 
     [finding] = heal(healthy)
     assert (finding.action, finding.subject) == ("warned", "tokenizer.encode")
     assert "tokenizer.model cannot be read as a SentencePiece model" in finding.reason
-
-
-def test_tiktoken_file_of_the_same_name(healthy: Any, folder: Path) -> None:
-    (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
-    assert truth.load(healthy) is None
-    assert heal(healthy) == []
 
 
 def test_through_the_phases_and_back(folder: Path) -> None:

@@ -19,6 +19,7 @@ def test_ids_beyond_the_embedding() -> None:
     assert "eos_token '<|stop|>'" in finding.reason
     assert f"resize_token_embeddings({len(tokenizer)})" in finding.reason
     model.resize_token_embeddings(len(tokenizer))
+    assert actions(heal_with(model, tokenizer)) == {"model.generation_config.eos_token_id": "changed"}
     assert heal_with(model, tokenizer) == []
 
 

@@ -129,6 +129,11 @@ def test_unk_that_is_eos(tmp_path: Path, trained: Callable[..., Path]) -> None:
     model = trained("no bytes", byte_fallback=False)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(dressed(tmp_path, model), pad_token="<s>")
     tokenizer.eos_token = "<unk>"
+    edits = Edits()
+    assert actions(heal(tokenizer, edits))["tokenizer.eos_token"] == "changed"  # the file has one of its own
+    assert tokenizer.eos_token == "</s>"
+    edits.rollback()
+    (tmp_path / "tokenizer.model").unlink()
     assert actions(heal(tokenizer))["tokenizer.unk_token"] == "warned"
     shared = byte_level(pad_token="<pad>", unk_token="<e>", eos_token="<e>", bos_token="<e>")
     assert heal(shared) == []  # as GPT-2 has it

@@ -16,14 +16,20 @@ from sloth_backend.hookspecs import hookimpl
 from sloth_backend.run import Run
 from sloth_plugins.tokenizer_healing import (
     added_tokens,
+    chat_template,
+    dangling,
     doubled,
+    generation_end,
     model_ids,
     pad_token,
+    padding_side,
+    ranked_truth,
     round_trip,
     special_tokens,
     truth,
 )
 from sloth_plugins.tokenizer_healing.case import Case, finding
+from sloth_plugins.tokenizer_healing.ranked_file import NotRanked
 from sloth_plugins.tokenizer_healing.spm_file import NotSentencePiece
 
 if TYPE_CHECKING:
@@ -31,9 +37,11 @@ if TYPE_CHECKING:
 
 FAULTS: tuple[Callable[[Case], list[Finding]], ...] = (
     truth.heal,  # first: what follows encodes
+    ranked_truth.heal,
     special_tokens.heal,
     pad_token.heal,  # pad must differ from bos and eos, so after those
     added_tokens.check,
+    chat_template.heal,
     doubled.heal,
     round_trip.heal,  # last: what was mended must survive a save
 )
@@ -52,7 +60,8 @@ def sloth_heal_tokenizer(tokenizer: PreTrainedTokenizerBase, run: Run, edits: Ed
     found = []
     try:
         case.truth = truth.load(tokenizer)
-    except NotSentencePiece as error:
+        case.ranked = ranked_truth.load(tokenizer) if case.truth is None else None
+    except (NotSentencePiece, NotRanked) as error:
         found.append(finding("warned", truth.SUBJECT, f"not compared with its origin: {error}"))
     return found + [one for heal in FAULTS for one in heal(case)]
 
@@ -61,10 +70,12 @@ def sloth_heal_tokenizer(tokenizer: PreTrainedTokenizerBase, run: Run, edits: Ed
 def sloth_fix_embeddings(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, run: Run, edits: Edits
 ) -> list[Finding] | None:
-    """Phase B: ids that the model does not have."""
+    """Phase B: ids that the model does not have, and what it has to know of the tokenizer."""
     if tokenizer is None or not run.config.heal_tokenizer or unfit(tokenizer):
         return None
-    return model_ids.heal(Case(tokenizer, edits), model)  # pyright: ignore[reportArgumentType]
+    case = Case(tokenizer, edits)  # pyright: ignore[reportArgumentType]
+    found = dangling.heal(case, model) + model_ids.heal(case, model)  # what is gone needs no row
+    return found + generation_end.heal(case, model) + padding_side.heal(case, model, run)
 
 
 def unfit(tokenizer: object) -> str | None:

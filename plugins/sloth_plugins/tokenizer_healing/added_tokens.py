@@ -43,6 +43,8 @@ def _duplicates(promised: dict[int, str]) -> list[Finding]:
 
 
 def _shared(case: Case) -> list[Finding]:
+    if len(set(case.vocab.values())) == len(case.vocab):
+        return []
     tokens = defaultdict(list)
     for token, number in case.vocab.items():
         tokens[number].append(token)
@@ -54,7 +56,7 @@ def _shared(case: Case) -> list[Finding]:
 
 
 def _holes(case: Case) -> list[Finding]:
-    highest, size = max(case.vocab.values(), default=-1), len(case.vocab)
+    highest, size = case.highest, len(case.vocab)
     if highest < size:
         return []
     reason = f"ids go up to {highest}, and there are {size} tokens"

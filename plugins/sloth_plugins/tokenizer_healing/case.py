@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer
@@ -15,6 +16,7 @@ from sloth_backend.findings import Action, Edits, Finding
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from sloth_plugins.tokenizer_healing.ranked_file import RankedFile
     from sloth_plugins.tokenizer_healing.spm_file import SentencePieceFile
 
 CAPABILITY = "tokenizer_healing"
@@ -33,11 +35,24 @@ class Case:
         tokenizer: transformers' tokenizer, changed in place: hosts hold on to this object.
         edits: takes every change, so that it can be taken back.
         truth: the SentencePiece model that lies beside the tokenizer, or None.
+        ranked: the tekken or tiktoken file that lies beside it, or None.
     """
 
     tokenizer: PreTrainedTokenizerFast
     edits: Edits = field(repr=False)
     truth: SentencePieceFile | None = None
+    ranked: RankedFile | None = None
+
+    @property
+    def origin(self) -> SentencePieceFile | RankedFile | None:
+        """The file that the tokenizer was converted from, where there is one."""
+        return self.truth or self.ranked
+
+    @property
+    def has_pipeline_file(self) -> bool:
+        """Whether a ``tokenizer.json`` lies in its folder: it settles all that the origin leaves open."""
+        folders = [Path(self.tokenizer.name_or_path or "."), *([self.origin.path.parent] if self.origin else [])]
+        return any((folder / "tokenizer.json").is_file() for folder in folders)
 
     @property
     def backend(self) -> Tokenizer:
@@ -46,8 +61,35 @@ class Case:
 
     @functools.cached_property
     def vocab(self) -> dict[str, int]:
-        """Token -> id, added tokens included. No fault changes it: healing never grows or renumbers a vocabulary."""
+        """Token -> id, added tokens included. No fault changes it: healing never grows or renumbers a vocabulary; what
+        does must call ``forget``."""
         return self.backend.get_vocab(with_added_tokens=True)
+
+    @property
+    def own_vocab(self) -> dict[str, int]:
+        """Token -> id of the model inside the backend, without those that stand beside it."""
+        own, model = dict(self.vocab), self.backend.model
+        # Asking the backend for a second vocabulary takes a fifth of a second where it is large.
+        for token in map(str, self.added.values()):
+            number = model.token_to_id(token)
+            if number is None:
+                own.pop(token, None)
+            else:
+                own[token] = number
+        return own
+
+    @functools.cached_property
+    def highest(self) -> int:
+        """The highest id, -1 where there is no token; told without a copy of the vocabulary where ids have no holes."""
+        size, model = self.backend.get_vocab_size(with_added_tokens=False), self.backend.model
+        if "vocab" in vars(self) or None in map(model.id_to_token, range(size)):
+            return max(self.vocab.values(), default=-1)
+        return max(size - 1, max(self.added, default=-1))
+
+    def forget(self) -> None:
+        """Look the vocabulary up anew: tokens were given other names, or added."""
+        for name in ("vocab", "highest"):
+            vars(self).pop(name, None)
 
     @property
     def added(self) -> dict[int, AddedToken]:
@@ -61,7 +103,7 @@ class Case:
 
     def id_of(self, token: str | None) -> int | None:
         """The id of a token, None where the vocabulary lacks it (transformers would answer with that of unk)."""
-        return None if token is None else self.vocab.get(token)
+        return None if token is None else self.backend.token_to_id(token)
 
     def templates(self) -> str:
         """All chat templates as one text, empty where there is none."""

@@ -68,8 +68,7 @@ def _policy(case: Case) -> list[Finding]:
         case.edits.on_undo(lambda: setattr(backend, "post_processor", old))
         case.tokenizer.update_post_processor()
         return [finding("changed", subject, f"is set, but {TEXT!r} started without {bos!r}; now it starts with it")]
-    bare = case.truth is not None and not case.truth.path.with_name("tokenizer.json").exists()
-    if not bare or "add_bos_token" in case.tokenizer.init_kwargs:
+    if case.origin is None or case.has_pipeline_file or "add_bos_token" in case.tokenizer.init_kwargs:
         return []
     reason = "neither tokenizer_config.json nor tokenizer.json says whether texts start with bos, and they do not"
     advice = "if the model was trained with it, set tokenizer.add_bos_token = True"

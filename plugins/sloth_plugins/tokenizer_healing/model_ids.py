@@ -8,45 +8,42 @@ from torch import nn
 
 from sloth_backend.findings import Finding
 from sloth_backend.phases import base_model
+from sloth_backend.run import find_embedding
 from sloth_plugins.tokenizer_healing import pad_token
-from sloth_plugins.tokenizer_healing.case import Case, finding, show
+from sloth_plugins.tokenizer_healing.case import Case, finding
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def heal(case: Case, model: nn.Module) -> list[Finding]:
-    """Keep pad within the embedding, tell the configs its id, and report tokens that have no row."""
+    """Report tokens that have no row, and tell the configs the id of pad."""
     target = base_model(model)
     rows = embedding_rows(target)
-    return [*(_beyond(case, rows) if rows else []), *_pad_id(case, target)]
+    return [*(_beyond(case, rows) if rows and case.highest >= rows else []), *_pad_id(case, target)]
 
 
 def embedding_rows(model: nn.Module) -> int | None:
     """How many rows the input embedding has inside any wrapper, None where it is no ``nn.Embedding``."""
-    try:
-        wrapper: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    except NotImplementedError:
-        return None
+    return next((embedding.num_embeddings for embedding in _embeddings(model)), None)
+
+
+def _embeddings(model: nn.Module) -> list[nn.Embedding]:
+    """The input embedding inside any wrapper, and the copy of it that an adapter trains."""
+    wrapper = find_embedding(model, "input")
     inside = wrapper.modules() if isinstance(wrapper, nn.Module) else ()
-    return next((module.num_embeddings for module in inside if isinstance(module, nn.Embedding)), None)
+    return [module for module in inside if isinstance(module, nn.Embedding)]
 
 
 def _beyond(case: Case, rows: int) -> list[Finding]:
     beyond = {token: number for token, number in case.vocab.items() if number >= rows}
     if not beyond:
         return []
-    found, pad = [], case.named("pad_token")
-    instead = pad_token.choose(case, rows) if pad in beyond else None
-    if instead is not None:
-        story = f"was {show(pad, beyond[str(pad)])}, beyond the embedding's {rows} rows"
-        case.set_named("pad_token", instead)
-        found = [finding("changed", pad_token.SUBJECT, f"{story}; now {show(instead, case.vocab[instead])}")]
     named = [f"{role} {token!r}" for role in ROLES if (token := case.named(role)) in beyond]
     examples = ", ".join(named or [repr(token) for token in sorted(beyond, key=beyond.__getitem__)[:3]])
     highest = max(beyond.values())
     reason = f"{len(beyond)} tokens ({examples}...) have ids up to {highest}, the embedding has {rows} rows"
     advice = f"call model.resize_token_embeddings({highest + 1}), or a text that uses them ends the run"
-    return [*found, finding("warned", "tokenizer.vocab", f"{reason}; {advice}")]
+    return [finding("warned", "tokenizer.vocab", f"{reason}; {advice}")]
 
 
 def _pad_id(case: Case, model: Any) -> list[Finding]:
@@ -64,4 +61,16 @@ def _pad_id(case: Case, model: Any) -> list[Finding]:
         found.append(
             finding("changed", f"model.{name}.pad_token_id", f"was {before}; now {pad}, as the tokenizer has it")
         )
+    return [*found, *_padding_row(case, model, pad)]
+
+
+def _padding_row(case: Case, model: Any, pad: int) -> list[Finding]:
+    """The row that trains nothing moves with pad: another token's would never learn."""
+    found = []
+    for embedding in _embeddings(model):
+        before = embedding.padding_idx
+        if before is not None and before != pad and pad < embedding.num_embeddings:
+            case.edits.set(embedding, "padding_idx", pad)
+            reason = f"was {before}, whose row would get no gradient; now {pad}, as the tokenizer has it"
+            found.append(finding("changed", "input embedding's padding_idx", reason))
     return found

@@ -52,6 +52,18 @@ def fault(case: Case) -> str | None:
     return f"was {show(token, number)}, which is {' and '.join(roles)} too" if roles else None
 
 
+def bring_within(case: Case, rows: int) -> list[Finding]:
+    """Choose again where the pad token has no row in an embedding of ``rows`` rows, and another token has one."""
+    token = case.named("pad_token")
+    number = case.id_of(token)
+    instead = choose(case, rows) if number is not None and number >= rows else None
+    if instead is None:
+        return []
+    case.set_named("pad_token", instead)
+    story = f"was {show(token, number)}, beyond the embedding's {rows} rows"
+    return [finding("changed", SUBJECT, f"{story}; now {show(instead, case.vocab[instead])}")]
+
+
 def choose(case: Case, rows: int | None = None) -> str | None:
     """A token that no text uses; None where the vocabulary has none.
 

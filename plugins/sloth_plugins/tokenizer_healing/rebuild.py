@@ -32,7 +32,7 @@ _IN_TEXTS = (Kind.NORMAL, Kind.USER_DEFINED, Kind.UNUSED)
 
 
 class CannotRebuild(ValueError):
-    """The SentencePiece model does something that tokenizers cannot express; the message says what."""
+    """The origin does something that tokenizers cannot express; the message says what."""
 
 
 def rebuild(case: Case, truth: SentencePieceFile) -> Tokenizer:
@@ -43,15 +43,27 @@ def rebuild(case: Case, truth: SentencePieceFile) -> Tokenizer:
     """
     if not truth.plain_spaces:
         raise CannotRebuild("it does not mark words by a leading space")
-    old = case.backend
-    new = Tokenizer(_model(old.get_vocab(with_added_tokens=False), truth))
+    new = Tokenizer(_model(case.own_vocab, truth))
     new.normalizer = _normalizer(truth)
     new.pre_tokenizer = _pre_tokenizer(truth, prefix_everywhere(case))
     new.decoder = _decoder(truth)
+    return carry_over(case, new, _added(case, truth))
+
+
+def carry_over(case: Case, new: Tokenizer, added: list[AddedToken]) -> Tokenizer:
+    """Give ``new`` what the origin does not settle: added tokens, post-processor, padding, truncation.
+
+    Raises:
+        CannotRebuild: ids would change.
+    """
+    old = case.backend
     if old.post_processor is not None:
         new.post_processor = old.post_processor
-    new.add_tokens(_added(case, truth))
-    if new.get_vocab(with_added_tokens=True) != case.vocab:
+    new.add_tokens(added)
+    model: Any = new.model
+    beside = sum(model.token_to_id(str(token)) is None for token in added)
+    same = new.get_vocab_size(with_added_tokens=False) + beside == len(case.vocab)
+    if not same or any(new.token_to_id(str(token)) != case.vocab[str(token)] for token in added):
         raise CannotRebuild("the added tokens would get other ids")
     new.encode_special_tokens = old.encode_special_tokens
     if old.truncation is not None:

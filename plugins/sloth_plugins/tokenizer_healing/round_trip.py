@@ -19,6 +19,7 @@ from sloth_backend.findings import Finding
 from sloth_plugins.tokenizer_healing.case import Case, encode, finding
 from sloth_plugins.tokenizer_healing.probes import PROBES, without
 
+PARTS = ("normalizer", "pre_tokenizer", "decoder", "post_processor")
 SUBJECT = "tokenizer.save_pretrained"
 
 
@@ -97,7 +98,12 @@ def _pipeline_survives(tokenizer: PreTrainedTokenizerFast) -> bool:
     if not isinstance(backend.model, models.BPE):
         return False
     twin = copy.copy(tokenizer)
-    twin._tokenizer = _with_tiny_vocabulary(backend)
+    needed = _needed(tokenizer)
+    twin._tokenizer = _with_tiny_vocabulary(backend, needed)
+    # Hundreds of reserved tokens, each added again when it is loaded, take longer than all else.
+    twin._extra_special_tokens = [token for token in tokenizer._extra_special_tokens if str(token) in needed]
+    listed = {"added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"}
+    twin.init_kwargs = {name: value for name, value in tokenizer.init_kwargs.items() if name not in listed}
     try:
         loaded = _saved_and_loaded(twin)
     except Exception:  # a class may need tokens that the twin lacks: the whole one will tell
@@ -105,9 +111,18 @@ def _pipeline_survives(tokenizer: PreTrainedTokenizerFast) -> bool:
     return _pipeline(twin._tokenizer) == _pipeline(loaded.backend_tokenizer)
 
 
-def _with_tiny_vocabulary(backend: Tokenizer) -> Tokenizer:
-    """The same pipeline around a model that knows the added tokens alone."""
-    added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
+def _needed(tokenizer: PreTrainedTokenizerFast) -> set[str]:
+    """The added tokens that have a role, or that the pipeline names."""
+    pipeline = [getattr(tokenizer.backend_tokenizer, part) for part in PARTS]
+    written = " ".join(part.__getstate__().decode() for part in pipeline if part is not None)
+    roles = {str(token) for token in tokenizer._special_tokens_map.values() if token is not None}
+    added = map(str, tokenizer.backend_tokenizer.get_added_tokens_decoder().values())
+    return {token for token in added if token in roles or json.dumps(token, ensure_ascii=False) in written}
+
+
+def _with_tiny_vocabulary(backend: Tokenizer, tokens: set[str]) -> Tokenizer:
+    """The same pipeline around a model that knows these added tokens alone."""
+    added = [token for _, token in sorted(backend.get_added_tokens_decoder().items()) if str(token) in tokens]
     old = backend.model
     vocab = {str(token): number for number, token in enumerate(added)}
     options = {
@@ -115,7 +130,7 @@ def _with_tiny_vocabulary(backend: Tokenizer) -> Tokenizer:
     }
     tiny = Tokenizer(models.BPE(vocab=vocab, merges=[], **options))
     tiny.add_tokens(added)
-    for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+    for part in PARTS:
         if getattr(backend, part) is not None:
             setattr(tiny, part, getattr(backend, part))
     return tiny

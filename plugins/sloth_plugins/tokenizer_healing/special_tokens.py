@@ -5,15 +5,16 @@ from __future__ import annotations
 from sloth_backend.findings import Finding
 from sloth_plugins.tokenizer_healing.case import Case, encode, finding, show
 
+ROLES = ("eos_token", "bos_token", "unk_token")
 RARE = "".join(map(chr, range(0x80, 0xD800, 151))) + "".join(map(chr, range(0xE000, 0x110000, 9973))) + "\x00\x07\x7f"
 """Characters from all over Unicode: a tokenizer that has bytes to fall back on needs no unk for them."""
 
 
 def heal(case: Case) -> list[Finding]:
-    """Name eos and bos where SentencePiece knows them, keep their tokens whole, and report what is left."""
-    found = [*_missing(case, "eos_token"), *_missing(case, "bos_token"), *_clashes(case)]
-    for role in ("bos_token", "eos_token"):
-        found += _dangling(case, role) or _split(case, role)
+    """Name eos, bos and unk where the origin knows them, keep eos and bos whole, and report what is left."""
+    found = [one for role in ROLES for one in _missing(case, role)] + _clashes(case)
+    for role in ROLES:
+        found += _dangling(case, role) or (_split(case, role) if role != "unk_token" else [])
     return found
 
 
@@ -26,17 +27,15 @@ def unk_occurs(case: Case) -> bool:
 def _missing(case: Case, role: str) -> list[Finding]:
     if case.named(role) is not None:
         return []
-    number = -1 if case.truth is None else getattr(case.truth.processor, role.replace("_token", "_id"))()
-    token = case.backend.id_to_token(number) if number >= 0 else None
-    if token is not None:
+    origin = case.origin
+    number = None if origin is None else origin.role(role)
+    token = None if number is None else case.backend.id_to_token(number)
+    if origin is not None and token is not None:
         case.set_named(role, token)
-        return [
-            finding(
-                "changed", f"tokenizer.{role}", f"was missing; now {show(token, number)}, as tokenizer.model has it"
-            )
-        ]
-    if role == "bos_token":
-        return []  # many models have none
+        reason = f"was missing; now {show(token, number)}, as {origin.path.name} has it"
+        return [finding("changed", f"tokenizer.{role}", reason)]
+    if role != "eos_token":
+        return []  # many models have no bos, and those that fall back on bytes need no unk
     return [
         finding(
             "warned",
@@ -50,8 +49,8 @@ def _dangling(case: Case, role: str) -> list[Finding]:
     token = case.named(role)
     if token is None or case.id_of(token) is not None:
         return []
-    actual = case.tokenizer.convert_tokens_to_ids(token)
-    reason = f"{token!r} is not in the vocabulary, so it becomes id {actual}"
+    actual = case.id_of(case.named("unk_token"))  # transformers calls itself without end where unk is the one missing
+    reason = f"{token!r} is not in the vocabulary, so it becomes {'no id' if actual is None else f'id {actual}'}"
     reason += "; add it and resize the embedding, or name another"
     return [finding("warned", f"tokenizer.{role}", reason)]
 
@@ -75,12 +74,26 @@ def _split(case: Case, role: str) -> list[Finding]:
 
 
 def _clashes(case: Case) -> list[Finding]:
+    found = [one for role in ROLES for one in _taken(case, role)]
     unk = case.named("unk_token")
     roles = [role for role in ("eos_token", "bos_token") if unk is not None and case.named(role) == unk]
     if not roles or not unk_occurs(case):
-        return []  # bos == eos is common and harmless, and so is a shared unk that no text can produce
+        return found  # bos == eos is common and harmless, and so is a shared unk that no text can produce
     names = " and ".join(roles)
     reason = (
         f"{show(unk, case.id_of(unk))} is {names} too: every unknown character reads as one; give {names} another token"
     )
-    return [finding("warned", "tokenizer.unk_token", reason)]
+    return [*found, finding("warned", "tokenizer.unk_token", reason)]
+
+
+def _taken(case: Case, role: str) -> list[Finding]:
+    """A role with another role's token, while the origin has one of its own for it."""
+    token, origin = case.named(role), case.origin
+    number = None if origin is None else origin.role(role)
+    own = None if number is None else case.backend.id_to_token(number)
+    others = [other for other in ROLES if other != role and case.named(other) == token]
+    if origin is None or own is None or token in (None, own) or not others:
+        return []
+    case.set_named(role, own)
+    reason = f"was {show(token, case.id_of(token))}, which is {' and '.join(others)} too"
+    return [finding("changed", f"tokenizer.{role}", f"{reason}; now {show(own, number)}, as {origin.path.name} has it")]

@@ -70,6 +70,16 @@ class SentencePieceFile:
     plain_spaces: bool
     charsmap: bytes = field(repr=False)
 
+    @property
+    def unknown(self) -> int:
+        """The id of unk."""
+        return self.processor.unk_id()
+
+    def role(self, role: str) -> int | None:
+        """The id of ``bos_token``, ``eos_token`` or ``unk_token``; None where the file has none."""
+        number = getattr(self.processor, role.replace("_token", "_id"))()
+        return number if number >= 0 else None
+
     @functools.cached_property
     def names(self) -> list[str]:
         """The text of each piece, by id."""
@@ -79,7 +89,7 @@ class SentencePieceFile:
     def pieces(self) -> list[Piece]:
         """Every piece with its score and kind, by id."""
         message = self.processor.serialized_model_proto()
-        return [_piece(value) for number, value in _fields(message) if number == 1]
+        return [_piece(value) for number, value in fields(message) if number == 1]
 
     def kind(self, token: str) -> Kind | None:
         """The type of a piece, None for what is none."""
@@ -116,9 +126,9 @@ def read(path: Path, add_dummy_prefix: bool | None = None) -> SentencePieceFile:
         if processor.get_piece_size() == 0:
             raise ValueError("it holds no pieces")
         specs = {2: {}, 3: {}}
-        for number, value in _fields(message):
+        for number, value in fields(message):
             if number in specs:
-                specs[number].update(_fields(value))
+                specs[number].update(fields(value))
     except (OSError, RuntimeError, ValueError, IndexError, struct.error) as error:
         raise NotSentencePiece(f"{path.name} cannot be read as a SentencePiece model: {error}") from error
     return _described(path, processor, specs[2], specs[3])
@@ -139,11 +149,11 @@ def _described(path: Path, processor: Any, trainer: dict[int, Any], normalizer: 
 
 
 def _piece(message: bytes) -> Piece:
-    values = dict(_fields(message))
+    values = dict(fields(message))
     return Piece(values[1].decode(), struct.unpack("<f", values.get(2, bytes(4)))[0], Kind(values.get(3, Kind.NORMAL)))
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+def fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """``(field number, value)``: an int for varints, bytes for all else."""
     place = 0
     while place < len(message):

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 from tokenizers import Tokenizer
 
 from sloth_backend.findings import Finding
 from sloth_plugins.tokenizer_healing.case import Case, encode, finding
 from sloth_plugins.tokenizer_healing.probes import PROBES, without
+from sloth_plugins.tokenizer_healing.ranked_file import is_tiktoken
 from sloth_plugins.tokenizer_healing.rebuild import CannotRebuild, rebuild
 from sloth_plugins.tokenizer_healing.spm_file import Kind, NotSentencePiece, SentencePieceFile, read
 
 SUBJECT = "tokenizer.encode"
 PIECES_PER_PROBE, MOST_PIECES = 64, 32768
+
+
+class Truth(Protocol):
+    """The file that a tokenizer was converted from, able to encode."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        ...
+
+    @property
+    def unknown(self) -> int:
+        """The id of unk, or -1."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text; no BOS, no EOS."""
+        ...
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row of ids."""
+        ...
 
 
 def load(tokenizer: object) -> SentencePieceFile | None:
@@ -23,7 +49,7 @@ def load(tokenizer: object) -> SentencePieceFile | None:
         NotSentencePiece: there is a file, and it is damaged.
     """
     path = find(tokenizer)
-    if path is None or _is_tiktoken(path):
+    if path is None or is_tiktoken(path):
         return None
     # A user who asked for no prefix wants to differ from the file in this one respect.
     unprefixed = getattr(tokenizer, "init_kwargs", {}).get("add_prefix_space") is False
@@ -38,35 +64,49 @@ def find(tokenizer: object) -> Path | None:
     return next((path for path in candidates if path.suffix == ".model" and path.is_file()), None)
 
 
-def _is_tiktoken(path: Path) -> bool:
-    """tiktoken's vocabularies share the file name: lines of a base64 token and its rank."""
-    with path.open("rb") as file:
-        parts = file.readline(200).split()
-    return len(parts) == 2 and parts[1].isdigit()
-
-
 def heal(case: Case) -> list[Finding]:
     """Compare on probe texts; where they differ, rebuild the backend and keep it if it agrees on all of them."""
     truth = case.truth
     if truth is None:
         return []
-    stranger = _other_vocabulary(case, truth)
+    stranger = other_vocabulary(case, truth)
+    return mend(case, truth, stranger, lambda: probes(case, truth), lambda: rebuild(case, truth))
+
+
+def mend(
+    case: Case,
+    truth: Truth,
+    stranger: str | None,
+    probing: Callable[[], list[str]],
+    rebuilding: Callable[[], Tokenizer],
+) -> list[Finding]:
+    """Where a tokenizer and its origin differ, take a rebuilt one if that agrees on all texts.
+
+    Args:
+        case: the tokenizer.
+        truth: its origin.
+        stranger: why that is another tokenizer's, so that nothing is compared; None where it is this one's.
+        probing: gives the texts.
+        rebuilding: gives the rebuilt one; may raise CannotRebuild.
+    """
     if stranger:
         return [finding("warned", SUBJECT, f"{truth.path.name} belongs to another tokenizer: {stranger}; not used")]
-    texts = probes(case, truth)
-    wrong = differences(case.backend, truth, texts)
-    if not wrong:
+    texts = probing()
+    expected = truth.encode(texts)
+    rows = list(zip(texts, expected, truth.decode(expected), strict=True))
+    wrong = next(differences(case.backend, rows, truth.unknown), None)
+    if wrong is None:
         return []
-    story = f"differed from {truth.path.name} on {len(wrong)} of {len(texts)} probe texts, {wrong[0]}"
+    story = f"differed from {truth.path.name} on probe texts, {wrong}"
     try:
-        rebuilt = rebuild(case, truth)
+        rebuilt = rebuilding()
     except CannotRebuild as error:
         return [finding("warned", SUBJECT, f"{story}; not mended: {error}")]
-    left = differences(rebuilt, truth, texts) or _split_specials(case, rebuilt)
-    if left:
-        return [finding("warned", SUBJECT, f"{story}; not mended: a rebuilt one still differs, {left[0]}")]
+    left = next(chain(differences(rebuilt, rows, truth.unknown), _split_specials(case, rebuilt)), None)
+    if left is not None:
+        return [finding("warned", SUBJECT, f"{story}; not mended: a rebuilt one still differs, {left}")]
     case.set_backend(rebuilt)
-    return [finding("changed", SUBJECT, f"{story}; rebuilt from it, now equal on all of them")]
+    return [finding("changed", SUBJECT, f"{story}; rebuilt from it, now equal on all {len(texts)} of them")]
 
 
 def probes(case: Case, truth: SentencePieceFile) -> list[str]:
@@ -82,22 +122,24 @@ def probes(case: Case, truth: SentencePieceFile) -> list[str]:
     return without((*PROBES, *rows), [token for token in added if truth.kind(token) != Kind.USER_DEFINED])
 
 
-def differences(backend: Tokenizer, truth: SentencePieceFile, texts: list[str]) -> list[str]:
-    """One sentence for each text that ``backend`` encodes, or decodes again, otherwise than ``truth``."""
-    expected = truth.encode(texts)
-    rows = zip(texts, encode(backend, texts), expected, truth.decode(expected), strict=True)
-    unknown = truth.processor.unk_id()
-    found = []
-    for text, ours, theirs, back in rows:
+def differences(backend: Tokenizer, rows: list[tuple[str, list[int], str]], unknown: int) -> Iterator[str]:
+    """One sentence for each text that ``backend`` encodes, or decodes again, otherwise than the truth.
+
+    Args:
+        backend: left as it is.
+        rows: texts, their true ids, and what those are decoded to.
+        unknown: the id of unk.
+    """
+    for text, theirs, back in rows:
+        (ours,) = encode(backend, [text])
         if ours != theirs:
-            found.append(f"{text[:20]!r} gave {_short(ours)} instead of {_short(theirs)}")
+            yield f"{text[:20]!r} gave {_short(ours)} instead of {_short(theirs)}"
         # How an unknown character reads after decoding is a convention of each library, no fault.
         elif unknown not in ours and (again := backend.decode(ours, skip_special_tokens=False)) != back:
-            found.append(f"{_short(ours)} was decoded to {again[:20]!r} instead of {back[:20]!r}")
-    return found
+            yield f"{_short(ours)} was decoded to {again[:20]!r} instead of {back[:20]!r}"
 
 
-def _other_vocabulary(case: Case, truth: SentencePieceFile) -> str | None:
+def other_vocabulary(case: Case, truth: SentencePieceFile) -> str | None:
     """The first piece whose id is another token in the tokenizer. Control pieces may have been given new names."""
     moved = [i for i, name in enumerate(truth.names) if case.vocab.get(name) != i]
     for i in moved:
@@ -106,19 +148,17 @@ def _other_vocabulary(case: Case, truth: SentencePieceFile) -> str | None:
     return None
 
 
-def _split_specials(case: Case, backend: Tokenizer) -> list[str]:
+def _split_specials(case: Case, backend: Tokenizer) -> Iterator[str]:
     """Added tokens that had their one id until now and lose it in ``backend``."""
     texts = [str(token) for token in case.added.values()]
     before, after = encode(case.backend, texts), encode(backend, texts)
-    return [
-        f"{text!r} gave {_short(new)} instead of {old}"
-        for text, old, new in zip(texts, before, after, strict=True)
-        if len(old) == 1 and old != new
-    ]
+    for text, old, new in zip(texts, before, after, strict=True):
+        if len(old) == 1 and old != new:
+            yield f"{text!r} gave {_short(new)} instead of {old}"
 
 
 def _short(ids: list[int]) -> str:
     return str(ids if len(ids) <= 8 else [*ids[:8], "..."]).replace("'...'", "...")
 
 
-__all__ = ["NotSentencePiece", "find", "heal", "load", "probes"]
+__all__ = ["NotSentencePiece", "find", "heal", "load", "mend", "other_vocabulary", "probes"]
