@@ -27,12 +27,13 @@ from torch.optim import Optimizer
 from sloth_backend.findings import Edits, Finding, sign
 from sloth_backend.hookspecs import hookimpl
 from sloth_backend.phases import find_session
+from sloth_backend.run import Run
 from sloth_kernels.launch import HAS_TRITON, interpreting
 from sloth_kernels.optimizers.batch import Batch, kind, refusal
 
 CAPABILITY = "optimizer_step"
 EDITS = "_sloth_optimizer_edits"
-"""Instance attribute of a trainer: what was changed on its optimizer."""
+"""Instance attribute of a trainer: what was changed on its optimizer; or of an optimizer without a trainer."""
 THEIRS = "bitsandbytes.optim.optimizer"
 METHODS = ("update_step", "init_state", "get_config", "get_state_buffer", "prefetch_state")
 """What of bitsandbytes' ``Optimizer2State`` a step consists of, beside ``step`` itself."""
@@ -45,21 +46,42 @@ ACCELERATED = ("_optimizer_original_step_method", "_optimizer_patched_step_metho
 
 
 @hookimpl
-def sloth_patch_trainer(trainer: Any, edits: Edits) -> list[Finding]:
+def sloth_patch_optimizer(optimizer: Any, run: Run, edits: Edits) -> list[Finding]:
+    """Attach to the optimizer of a loop of the user's own, once."""
+    inner, _ = _unwrapped_optimizer(optimizer)
+    if EDITS in vars(inner):
+        return []
+    own = Edits()
+    findings = _attached(optimizer, run, own)
+    if any(finding.action == "changed" for finding in findings):
+        # The model remembers its edits; it must not keep the optimizer and its states alive.
+        own.set(inner, EDITS, own)
+        edits.on_undo(functools.partial(_take_back_step, weakref.ref(inner)))
+    return findings
+
+
+def _take_back_step(optimizer: weakref.ref[Any]) -> None:
+    if (alive := optimizer()) is not None and EDITS in vars(alive):
+        vars(alive)[EDITS].rollback()
+
+
+@hookimpl
+def sloth_patch_trainer(trainer: Any, run: Run, edits: Edits) -> list[Finding]:
     """Attach to the optimizer that the trainer was given, or will make; that one has its Finding when it is made."""
     own = Edits()
     # The model remembers its edits; it must not keep the trainer and its optimizer alive.
     setattr(trainer, EDITS, own)
     edits.on_undo(functools.partial(_take_back, weakref.ref(trainer)))
     if trainer.optimizer is not None:
-        return attach(trainer.optimizer, own)
+        return _attached(trainer.optimizer, run, own)
     original = type(trainer).create_optimizer
 
     @functools.wraps(original)
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = original(self, *args, **kwargs)
         own.rollback()
-        findings = sign(attach(optimizer, own), __name__.rpartition(".")[2]) if isinstance(optimizer, Optimizer) else []
+        found = _attached(optimizer, run, own) if isinstance(optimizer, Optimizer) else []
+        findings = sign(found, __name__.rpartition(".")[2])
         session = find_session(self.model)
         if session is not None:
             session.findings += findings
@@ -75,6 +97,13 @@ def _take_back(trainer: weakref.ref[Any]) -> None:
         vars(alive).pop("create_optimizer", None)
 
 
+def _attached(optimizer: Any, run: Run, edits: Edits) -> list[Finding]:
+    if run.sharding == "fsdp2":
+        name = type(_unwrapped_optimizer(optimizer)[0]).__name__
+        return [Finding("skipped", name, "FSDP2 will shard its parameters, which the kernels take whole", CAPABILITY)]
+    return attach(optimizer, edits)
+
+
 def attach(optimizer: Any, edits: Edits) -> list[Finding]:
     """Let ``optimizer`` step in one launch, where it is bitsandbytes' Adam or AdamW; else say why not.
 
@@ -83,10 +112,7 @@ def attach(optimizer: Any, edits: Edits) -> list[Finding]:
             through and made to call the new step.
         edits: take the new step back.
     """
-    wrappers = []
-    while isinstance(inner := vars(optimizer).get("optimizer"), Optimizer):
-        wrappers.append(optimizer)
-        optimizer = inner
+    optimizer, wrappers = _unwrapped_optimizer(optimizer)
     name = type(optimizer).__name__
     reason = _refusal(optimizer)
     if reason is not None:
@@ -96,6 +122,15 @@ def attach(optimizer: Any, edits: Edits) -> list[Finding]:
     for wrapper in wrappers:
         _lead_to(wrapper, step, edits)
     return [Finding("changed", name, "all tensors of a group are updated in one launch, without a wait", CAPABILITY)]
+
+
+def _unwrapped_optimizer(optimizer: Any) -> tuple[Any, list[Any]]:
+    """The innermost optimizer, and its wrappers from the outside in."""
+    wrappers = []
+    while isinstance(inner := vars(optimizer).get("optimizer"), Optimizer):
+        wrappers.append(optimizer)
+        optimizer = inner
+    return optimizer, wrappers
 
 
 def _refusal(optimizer: Any) -> str | None:

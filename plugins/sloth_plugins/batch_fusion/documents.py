@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from sloth_backend.findings import Edits, Finding
 from sloth_kernels.documents import DocumentMask, Documents, documents_of, remember
 from sloth_plugins.batch_fusion.rows import positions
-from sloth_plugins.layer_programs.probe import TOLERANCE, evaluating
+from sloth_plugins.layer_programs.probe import evaluating, tolerance
+from sloth_plugins.program_layers import forget_weights
 
 CAPABILITY = "documents"
 ATTENTION = ("sdpa", "eager")
@@ -44,6 +45,8 @@ def keep_apart(model: Any, edits: Edits) -> Finding:
             reason = _disagreement(decoder, model.get_input_embeddings().weight)
         except Exception as error:
             reason = f"the model does not run on rows laid end to end: {type(error).__name__}: {error}"
+        finally:
+            forget_weights(model)
         if reason is None:
             edits.on_undo(hooks.remove)
             edits.set(model, MARK, True)
@@ -75,6 +78,8 @@ def _obstacle(model: Any) -> str | None:
         return f"attention is {name!r}, which is not one of {', '.join(ATTENTION)}"
     if not isinstance(getattr(model, "get_decoder", lambda: None)(), nn.Module):
         return "the model does not tell its decoder"
+    if any(p.numel() == 0 for p in model.parameters()):
+        return "its parameters are spread over processes already: it cannot run, and be looked at, before it trains"
     return None
 
 
@@ -174,7 +179,7 @@ def _disagreement(decoder: nn.Module, embeddings: Tensor) -> str | None:
     if not torch.equal(beside, beside_other):
         return "what a row gives depends on the row before it: the model mixes tokens outside of attention"
     off = (beside.double() - alone.double()).norm() / alone.double().norm()
-    allowed = TOLERANCE.get(alone.dtype, 0.0)
+    allowed = tolerance(decoder, alone.dtype)
     return (
         None if off <= allowed else f"a row beside another is {off:.1e} off, more than the {allowed:.1e} of roundings"
     )

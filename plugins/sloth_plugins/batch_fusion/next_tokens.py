@@ -7,13 +7,16 @@ from typing import Any
 
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from sloth_backend.run import find_embedding
+from sloth_plugins.kernel_patching.loss import calls_loss_function
+
 
 def other_labels(model: Any) -> str | None:
     """Why the labels of ``model`` may be something else; None where its loss compares each token with the next."""
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder, whose labels are not the next tokens of its inputs"
-    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+    if find_embedding(model, "output") is None:
         return f"{name} has no output embeddings: its labels are no tokens"
     if not calls_loss_function(type(model).forward):
         return f"{name} computes a loss of its own: its forward does not call self.loss_function"
@@ -21,9 +24,3 @@ def other_labels(model: Any) -> str | None:
     if loss is not ForCausalLMLoss:
         return f"the loss of {name} is {getattr(loss, '__qualname__', type(loss).__name__)}, not ForCausalLMLoss"
     return None
-
-
-def calls_loss_function(forward: Any) -> bool:
-    """Whether a forward, or what it wraps, asks ``self.loss_function`` for the loss."""
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    return code is not None and "loss_function" in code.co_names

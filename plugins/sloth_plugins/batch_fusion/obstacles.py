@@ -8,8 +8,9 @@ from typing import Any
 from sloth_backend.run import Run
 from sloth_plugins.batch_fusion.documents import drops, kept_apart
 from sloth_plugins.batch_fusion.fusion import LOOP
-from sloth_plugins.batch_fusion.next_tokens import calls_loss_function, other_labels
+from sloth_plugins.batch_fusion.next_tokens import other_labels
 from sloth_plugins.batch_fusion.overrides import COUNTS_TOKENS, objections
+from sloth_plugins.kernel_patching.loss import calls_loss_function
 
 ADDITIVE_LOSSES = ("nll", "chunked_nll")
 PARALLEL = ("NO", "MULTI_GPU", "MULTI_CPU")

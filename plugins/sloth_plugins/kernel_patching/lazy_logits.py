@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_map
 
 METADATA = {
@@ -22,7 +21,11 @@ METADATA = {
         # DDP asks which outputs have a gradient function, and leaves those without one as they are.
         *("grad_fn", "is_leaf"),
     )
-} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.is_floating_point, torch.Tensor.numel, torch.Tensor.__len__}
+} | {
+    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__),
+    # FSDP2 asks which outputs to cast.
+    *(torch.Tensor.is_floating_point, torch.is_floating_point),
+}
 """What can be answered without the numbers."""
 
 SCALINGS: dict[Callable[..., Any], Callable[[float], float]] = {
@@ -65,20 +68,30 @@ class Epilogue:
         return self.scale * self.post if self.tanh else self.scale
 
 
+def replaces_rows(head: Any) -> bool:
+    """Whether PEFT trains some rows of ``head`` by themselves (``trainable_token_indices``)."""
+    return hasattr(head, "trainable_tokens_delta")
+
+
 @dataclass
 class Product:
     """The product that was put off: ``head`` applied to ``hidden`` (..., H), and what came of it.
 
+    ``head`` is an ``nn.Linear``, or what PEFT puts around one to train some of its rows by themselves.
     ``sums`` is set by the loss: the LossSums of ``linear_cross_entropy``. ``differentiable``: whether gradients were
     enabled when the head was called; without them its logits have none, whenever they are looked at.
     """
 
-    head: nn.Linear
+    head: Any
     forward: Callable[[torch.Tensor], torch.Tensor]
     hidden: torch.Tensor
     autocast: torch.dtype | None
     sums: Any = None
     differentiable: bool = field(default_factory=torch.is_grad_enabled)
+
+    def weight(self) -> torch.Tensor:
+        """The matrix (V, H) that the product is with; with rows of their own, one that is made anew at each call."""
+        return self.head.get_merged_weights(self.head.active_adapters) if replaces_rows(self.head) else self.head.weight
 
     def compute(self) -> torch.Tensor:
         """The plain logits, under the autocast that was active when the head was called."""
@@ -165,6 +178,9 @@ def _record(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         return None
     if func in FLOAT:
         return lazy.then(torch.Tensor.float, lazy.epilogue, torch.float32)
+    if func is torch.Tensor.to and len(args) == 2 and _keeps_the_loss(lazy, args[1]):
+        dtype = args[1]
+        return lazy.then(lambda x: x.to(dtype), lazy.epilogue, dtype)
     if func in COPIES:
         return lazy.then(torch.clone, lazy.epilogue, lazy.dtype)
     if func in TANH and not lazy.epilogue.tanh:
@@ -175,3 +191,10 @@ def _record(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
             step = lambda x: func(x, factor)
             return lazy.then(step, lazy.epilogue.scaled(SCALINGS[func](float(factor))), lazy.dtype)
     return None
+
+
+def _keeps_the_loss(lazy: LazyLogits, dtype: object) -> bool:
+    """Whether a cast leaves the loss as it is: one that loses nothing, or, as FSDP2's of outputs, comes after it."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        return False
+    return torch.promote_types(lazy.dtype, dtype) == dtype or lazy.product.sums is not None

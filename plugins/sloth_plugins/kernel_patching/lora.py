@@ -16,6 +16,7 @@ from sloth_backend.run import BY_MODULE, REASON_BY_MODULE, Run
 from sloth_kernels.op import Op
 from sloth_kernels.ops.lora import lora_linears
 from sloth_plugins.kernel_patching.linears import LiveLinear
+from sloth_plugins.program_layers import LIVE
 
 CAPABILITY = "lora"
 
@@ -48,7 +49,7 @@ def _patch(name: str, module: nn.Module, run: Run, edits: Edits) -> Finding:
         return Finding("skipped", name, live, CAPABILITY)
     if live.in_4bit and not run.config.allows("nf4"):
         return Finding("skipped", name, "its weight is 4-bit, and the op nf4 is switched off", CAPABILITY)
-    edits.set(module, "_sloth_linear", live)
+    edits.set(module, LIVE, live)
     edits.set(module, "forward", types.MethodType(_live_forward(type(module).forward), module))
     return Finding("changed", name, f"lora op over a {live.describe()}", CAPABILITY)
 

@@ -22,9 +22,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from sloth_backend.findings import Edits, Finding
+from sloth_backend.run import find_embedding
 from sloth_kernels.labelled_rows import LabelledRows
 from sloth_kernels.op import Op
-from sloth_plugins.kernel_patching.lazy_logits import LazyLogits, Product
+from sloth_plugins.kernel_patching.lazy_logits import LazyLogits, Product, replaces_rows
 
 CAPABILITY = "linear_cross_entropy"
 _deferring: ContextVar[Deferral | None] = ContextVar("sloth_deferring_logits", default=None)
@@ -73,15 +74,26 @@ def patch_loss(model: Any, op: Op, edits: Edits) -> Finding:
         return Finding("skipped", "loss", f"{obstacle}; the model computes its logits and loss itself", CAPABILITY)
     edits.set(head, "forward", types.MethodType(_lazy_forward(type(head).forward), head))
     _set_loss_function(model, _fused_loss(op.fn), edits)
-    forward = _deferring_forward(type(model).forward, head._parameters, weakref.ref(head.weight))
+    own = head.base_layer if replaces_rows(head) else head
+    forward = _deferring_forward(type(model).forward, own._parameters, weakref.ref(own.weight))
     edits.set(model, "forward", types.MethodType(forward, model))
-    trained = "trained" if head.weight.requires_grad else "frozen"
-    return Finding("changed", "loss", f"{op.name} kernel over the {trained} head; logits only on demand", CAPABILITY)
+    return Finding("changed", "loss", f"{op.name} kernel over {_story(head)}; logits only on demand", CAPABILITY)
+
+
+def _story(head: Any) -> str:
+    if replaces_rows(head):
+        rows = sum(len(head.token_indices[name]) for name in head.active_adapters)
+        return f"a head of which {rows} rows are trained"
+    return f"the {'trained' if head.weight.requires_grad else 'frozen'} head"
 
 
 def _active_head(model: Any) -> Any:
-    """The output projection that runs: PEFT's ``modules_to_save`` keeps the trained one inside a wrapper."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    """The output projection that runs: PEFT keeps the trained one, or the one with trained rows, inside a wrapper."""
+    head: Any = find_embedding(model, "output")
+    if isinstance(getattr(head, "token_adapter", None), nn.Module) and not (
+        head._forward_hooks or head._forward_pre_hooks
+    ):
+        return head.token_adapter
     copies, active = getattr(head, "modules_to_save", None), getattr(head, "active_adapters", ())
     return copies[active[0]] if copies and len(active) == 1 and active[0] in copies else head
 
@@ -90,7 +102,7 @@ def _obstacle(model: Any, head: Any) -> str | None:
     """Why the loss cannot be fused, or None."""
     if "forward" in vars(model):
         return f"the model's forward is already replaced, by {vars(model)['forward'].__module__}"
-    if "loss_function" not in _code_names(type(model).forward):
+    if not calls_loss_function(type(model).forward):
         return f"{type(model).__name__}.forward does not call self.loss_function"
     if model.loss_function is not ForCausalLMLoss:
         return f"its loss function is {_name(model.loss_function)}, not ForCausalLMLoss"
@@ -99,6 +111,8 @@ def _obstacle(model: Any, head: Any) -> str | None:
 
 def _head_obstacle(head: Any) -> str | None:
     kind = type(head).__name__
+    if replaces_rows(head):
+        return _rows_obstacle(head)
     if hasattr(head, "base_layer"):
         return f"lm_head carries an adapter ({kind})"
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
@@ -110,8 +124,27 @@ def _head_obstacle(head: Any) -> str | None:
     return None
 
 
-def _code_names(function: Callable[..., Any]) -> set[str]:
-    return set(inspect.unwrap(function).__code__.co_names)
+def _rows_obstacle(head: Any) -> str | None:
+    """The same for a head some of whose rows are trained by themselves."""
+    base = head.base_layer
+    if getattr(base, "bias", None) is not None:
+        return "lm_head has a bias, which PEFT leaves out of its trained rows' product"
+    if len(head.active_adapters) != 1 or not _computes_rows(head):
+        return f"lm_head's trained rows come from {len(head.active_adapters)} adapters, or are merged"
+    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+        return "lm_head has hooks or a replaced forward"
+    return _head_obstacle(base)
+
+
+def _computes_rows(head: Any) -> bool:
+    """Whether such a head writes its rows over the base's now: not where the adapter is off or merged."""
+    return not head.disable_adapters and not head.merged and bool(head.active_adapters)
+
+
+def calls_loss_function(forward: Any) -> bool:
+    """Whether a forward, or what it wraps, asks ``self.loss_function`` for the loss."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return code is not None and "loss_function" in code.co_names
 
 
 def _name(value: Any) -> str:
@@ -126,8 +159,8 @@ def _set_loss_function(model: Any, loss: Callable[..., Any], edits: Edits) -> No
 def _lazy_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-        # With hooks of its own its weight may be there for this call alone.
-        if _deferring.get() is None or self._forward_pre_hooks or self._forward_hooks:
+        gone = not _outlasts_its_call(self) or (replaces_rows(self) and not _computes_rows(self))
+        if _deferring.get() is None or gone:
             return original(self, hidden)
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -135,6 +168,20 @@ def _lazy_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         return LazyLogits(product, autocast or hidden.dtype)
 
     return forward
+
+
+def _outlasts_its_call(head: nn.Module) -> bool:
+    """Whether the head's weight will be there when the loss is computed: with hooks of its own, it may not.
+
+    Accelerate 1.15 makes the head an FSDP2 unit of its own, whose parameters stay gathered until its backward is over:
+    one hook before, which gathers them, and one behind, which leaves them.
+    """
+    before, behind = len(head._forward_pre_hooks), len(head._forward_hooks)
+    if not before and not behind:
+        return True
+    state = getattr(head, "_get_fsdp_state", lambda: None)()
+    group = getattr(state, "_fsdp_param_group", None)
+    return before == behind == 1 and getattr(group, "_reshard_after_forward", True) is False
 
 
 def _deferring_forward(
@@ -191,7 +238,7 @@ def _fused_loss(fn: Callable[..., Any]) -> Callable[..., torch.Tensor]:
         rows = deferral.rows_of(shifted, labels, shift_labels, ignore_index) if deferral else None
         product.sums = fn(
             product.hidden.reshape(-1, product.hidden.shape[-1]),
-            product.head.weight,
+            product.weight(),
             shifted,
             product.head.bias,
             scale=epilogue.logit_scale,

@@ -16,6 +16,7 @@ from torch import nn
 
 from sloth_backend.roles import ProbeShapes, Role
 from sloth_kernels.op import Op
+from sloth_plugins.kernel_patching.modules import HOOKS
 
 PROBE_SEED = 20240418
 _SCALARS = (bool, int, float, str, type(None), torch.dtype)
@@ -51,7 +52,7 @@ def structure(module: nn.Module, role: Role) -> str | None:
     """None if the structure fits, else what does not; the empty string where it bears no resemblance."""
     if role.global_functions:
         return None if global_function(module, role) else _foreign_function(module, role)
-    own = {name: p.dim() for name, p in module._parameters.items() if p is not None}
+    own = {name: len(_shape(p)) for name, p in module._parameters.items() if p is not None}
     children = set(dict(_bearing_children(module)))
     if own != role.parameters or children not in [set(shapes) for shapes in role.children]:
         return _resemblance(role, own, children)
@@ -105,7 +106,7 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
         for name, value in sorted(vars(module).items())
         if isinstance(value, _SCALARS) and not name.startswith("_") and name not in ("layer_idx", "training")
     )
-    own = tuple((name, p.dtype, p.dim()) for name, p in module._parameters.items() if p is not None)
+    own = tuple((name, p.dtype, len(_shape(p))) for name, p in module._parameters.items() if p is not None)
     children = tuple((name, _kind(child)) for name, child in module._modules.items() if child is not None)
     return type(module), scalars, own, children
 
@@ -174,14 +175,18 @@ def _stand_in(module: nn.Module, role: Role, randn: Callable[..., torch.Tensor])
         _modules=_tiny_children(module, role, randn),
         training=True,
     )
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        vars(twin)[hooks] = type(vars(module)[hooks])()
+    for table in HOOKS:
+        vars(twin)[table] = type(vars(module)[table])()
     return twin
 
 
 def _random_like(p: torch.Tensor, randn: Callable[..., torch.Tensor]) -> nn.Parameter:
-    # Where ZeRO-3 has partitioned a parameter, its own shape is empty.
-    return nn.Parameter(randn(*getattr(p, "ds_shape", p.shape)).to(p.dtype), requires_grad=False)
+    return nn.Parameter(randn(*_shape(p)).to(p.dtype), requires_grad=False)
+
+
+def _shape(p: torch.Tensor) -> torch.Size:
+    """That of the whole parameter: where ZeRO-3 has partitioned it, its own is empty."""
+    return getattr(p, "ds_shape", p.shape)
 
 
 def _tiny_children(module: nn.Module, role: Role, randn: Callable[..., torch.Tensor]) -> dict[str, nn.Module | None]:

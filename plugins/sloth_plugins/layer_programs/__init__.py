@@ -27,6 +27,7 @@ from sloth_kernels.dense_cache import DenseCache
 from sloth_kernels.op import Op
 from sloth_kernels.recording import CudaCapture
 from sloth_plugins.kernel_patching.match import Matcher
+from sloth_plugins.kernel_patching.modules import HOOKS
 from sloth_plugins.layer_programs.assemble import Assembler, LayerProgram, MisfitError
 from sloth_plugins.layer_programs.checkpointing import leave_alone
 from sloth_plugins.layer_programs.given import for_programs
@@ -36,7 +37,7 @@ from sloth_plugins.layer_programs.planner import Planner, shared_budget
 from sloth_plugins.layer_programs.probe import Seen, constants_of, disagreement, evaluating, observe
 from sloth_plugins.offloaded_checkpointing import make_ring
 from sloth_plugins.offloaded_checkpointing.seam import Rings, checkpointed_layers
-from sloth_plugins.program_layers import mark, set_planner
+from sloth_plugins.program_layers import forget_weights, mark, set_planner
 
 CAPABILITY = "layer_program"
 OPS = ("rms_norm", "rope", "glu", "lora", "attention")
@@ -81,6 +82,7 @@ def sloth_patch_model(
         with evaluating(model):
             planned = [_planned_layer(program, seen[layer][0]) for layer, program in made.items()]
         _install(model, run, made, planned, given, budget, edits)
+        forget_weights(model)
     return findings
 
 
@@ -93,7 +95,7 @@ def _program_for(layer: nn.Module, assembler: Assembler, seen: Sequence[Seen]) -
         candidates = assembler.candidates(layer)
     except MisfitError as misfit:
         return str(misfit)
-    reasons = [disagreement(candidate.program, seen) for candidate in candidates]
+    reasons = [disagreement(candidate.program, layer, seen) for candidate in candidates]
     agreeing = [candidate for candidate, reason in zip(candidates, reasons, strict=True) if not reason]
     return agreeing[0] if agreeing else reasons[0]
 
@@ -136,8 +138,7 @@ def _planned_layer(made: LayerProgram, seen: Seen) -> Layer:
 
 def _watched(layer: nn.Module) -> list[Any]:
     """The hook tables of everything inside the layer: a program would not call them."""
-    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [vars(module)[table] for module in layer.modules() if module is not layer for table in tables]
+    return [vars(module)[table] for module in layer.modules() if module is not layer for table in HOOKS]
 
 
 def _forward(layer: nn.Module, made: LayerProgram, passes: Passes, index: int) -> Callable[..., Any]:

@@ -11,11 +11,12 @@ from torch import nn
 
 from sloth_backend.roles import Role
 from sloth_kernels.dense_cache import DenseGroup
+from sloth_kernels.glu_stage import Glu
 from sloth_kernels.linears import Linears
 from sloth_kernels.op import Op
 from sloth_kernels.ops.attention import AttentionSpec
 from sloth_kernels.program import INPUT, OUTPUT, Program
-from sloth_kernels.stages import Attention, Glu, Norm, Residual, Rope, Split
+from sloth_kernels.stages import Attention, Norm, Residual, Rope, Split
 from sloth_kernels.tiles import Tiled
 from sloth_plugins.kernel_patching.linears import LiveLinear
 from sloth_plugins.kernel_patching.match import Matcher
@@ -44,6 +45,19 @@ class LayerProgram:
     linears: list[LiveLinear]
     groups: list[DenseGroup]
     """Places for dense copies of 4-bit weights."""
+    readers: list[LiveLinear]
+    """Those of ``program`` and ``tiled``, which each have their own."""
+
+    def forget(self) -> None:
+        """Keep no parameter until the next pass: the host may be about to shard the model, and then none is in use."""
+        for program in (self.program, *self.tiled.values()):
+            for stage in program.stages:
+                inside = stage.program.stages if isinstance(stage, Tiled) else (stage,)
+                for own in inside:
+                    if isinstance(own, Linears):
+                        own.forget()
+        for live in self.readers:
+            live.forget()
 
     def dense_bytes(self) -> int:
         """Bytes of the dense copies of all 4-bit weights, in 16 bits, with their adapters' columns."""
@@ -138,12 +152,14 @@ class _Assembly:
         self.stages: list[Any] = []
         self.linears: list[LiveLinear] = []
         self.groups: list[DenseGroup] = []
+        self.readers: list[LiveLinear] = []
 
     def run(self) -> LayerProgram:
         program = self._program(None)
         linears, groups = self.linears, self.groups
         rows_of_tiles = () if self.layout.parallel else TILE_ROWS
-        return LayerProgram(program, {rows: self._program(rows) for rows in rows_of_tiles}, linears, groups)
+        tiled = {rows: self._program(rows) for rows in rows_of_tiles}
+        return LayerProgram(program, tiled, linears, groups, self.readers)
 
     def _program(self, tile_rows: int | None) -> Program:
         self.stages, self.linears, self.groups = [], [], []
@@ -183,11 +199,16 @@ class _Assembly:
     def _leave_room(self) -> None:
         """Let stages that write the input of one group of linears leave the columns free that it would like."""
         readers = Counter(stage.reads[0] for stage in self.stages if isinstance(stage, Linears))
+        makers = {name: stage for stage in self.stages for name in stage.writes}
         for stage in self.stages:
-            makers = [m for m in self.stages if isinstance(m, (Norm, Glu)) and m.writes[0] == stage.reads[0]]
-            if isinstance(stage, Linears) and makers and readers[stage.reads[0]] == 1:
-                makers[0].room = stage.room
-                stage.leaves_sum = isinstance(makers[0], Glu)
+            if not isinstance(stage, Linears):
+                continue
+            x = stage.reads[0]
+            maker = makers.get(x)
+            stage.dense_gradient = isinstance(maker, Attention)
+            if isinstance(maker, (Norm, Glu)) and readers[x] == 1:
+                maker.room = stage.room
+                stage.taker = maker if isinstance(maker, Glu) else None
 
     @staticmethod
     def _first(module: nn.Module, names: Sequence[str], default: Any) -> Any:
@@ -213,6 +234,7 @@ class _Assembly:
                 raise MisfitError(live)
             own.append(live)
         self.linears += own
+        self.readers += own
         self.groups.append(DenseGroup())
         self.stages.append(Linears(x, names, lambda: [live.read() for live in own], self.groups[-1], residual))
 
@@ -262,12 +284,13 @@ class _Assembly:
     def _mlp(self, x: str) -> nn.Module:
         """Up to ``h``; the linear that reads it is returned."""
         module = self.parts.mlp
-        variant, children = self.by.variant(module, "glu"), module._modules
+        variant, children, maker = self.by.variant(module, "glu"), module._modules, None
         if "gate_up_proj" in children:
             self._linears(x, ["gate_up"], [children["gate_up_proj"]])
             half = self.linears[-1].read().weight.shape[0] // 2
             self.stages.append(Split("gate_up", ["gate", "up"], [half, half]))
         else:
             self._linears(x, ["gate", "up"], [children["gate_proj"], children["up_proj"]])
-        self.stages.append(Glu("gate", "up", "h", variant, self.by.ops["glu"]))
+            maker = self.stages[-1]
+        self.stages.append(Glu("gate", "up", "h", variant, self.by.ops["glu"], maker))
         return children["down_proj"]  # type: ignore[return-value]

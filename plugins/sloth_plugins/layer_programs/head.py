@@ -20,6 +20,8 @@ class LossTile(NamedTuple):
 LOSS_TILES = (LossTile(LOGITS_BYTES), LossTile(LOGITS_BYTES // 4), LossTile(LOGITS_BYTES // 8))
 TRAINED_TILES = (*LOSS_TILES, LossTile(LOGITS_BYTES, True), LossTile(LOGITS_BYTES // 2, True))
 """Those of a trained head in bf16. Tiles are large where each rounds the gradient of the whole head."""
+GATHERED_ITEMSIZE = 2
+"""Bytes of an element of a gathered head: FSDP computes in 16 bits where it counts."""
 ROUNDING_SECONDS = 1e-3
 """What an exact sum is worth: it is given up only where memory is short."""
 
@@ -41,6 +43,9 @@ def cost(head: Any, hidden_bytes: int, tokens: int, tile: LossTile) -> tuple[int
         # A sum over several tiles is in float32, and then rounded when the logits have gone.
         size, wide = head.weight.numel(), several and not tile.rounded_sums
         held = 4 * size + max(held, 2 * size) if wide else 2 * size + held
+    if type(head.weight).__name__ == "DTensor":
+        # A unit of its own that is yet to be gathered: whole, beside the buffer that it comes in.
+        held += 2 * head.weight.numel() * GATHERED_ITEMSIZE
     # Each tile reads the whole head three times.
     seconds = 3 * head.weight.nbytes / BYTES * (tokens / rows - 1)
     return 4 * hidden_bytes + held, seconds + ROUNDING_SECONDS * (tile.rounded_sums and several)

@@ -10,11 +10,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from sloth_backend import plan as plans
-from sloth_backend.budget import agreed, device_budget, host_budget
+from sloth_backend import ranks
+from sloth_backend.budget import device_budget, host_budget
 from sloth_backend.plan import Cached, Costs, Level, MemoryPlan
 from sloth_backend.run import Run
 from sloth_kernels.linears import DENSE_TRAFFIC
@@ -34,10 +34,12 @@ LAUNCH_SECONDS = 3.5e-3
 
 
 def shared_budget(run: Run) -> int | None:
-    """The budget of all ranks, which all of them must ask for at one point; None where there is nothing to share."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    return agreed(device_budget(run.device, run.config), run.device)
+    """The budget of all ranks, which all of them must ask for at one point; None where there is nothing to share.
+
+    Ranks whose layers gather weights from each other must recompute the same layers, or they wait for each other for
+    ever.
+    """
+    return ranks.least(device_budget(run.device, run.config)) if ranks.several() else None
 
 
 class Chosen(NamedTuple):
@@ -85,9 +87,16 @@ class Planner:
         self.plans: dict[Shape, Chosen] = {}
         self.seconds: dict[Shape, float] = {}
         self.fixed_bytes: int | None = None
+        self.waiting_bytes = 0
+        """By how much gradients that wait for the last pass of a step are larger than those of a pass alone."""
         self.limit: int | None = None
         self.transient = False
         """Whether nobody keeps a tensor of a pass when the next one begins: whoever runs the passes says so."""
+
+    def forget(self) -> None:
+        """Let the programs keep no parameter until the next pass."""
+        for layer in self.layers:
+            layer.made.forget()
 
     def planned(self, shape: Shape, device: torch.device) -> MemoryPlan:
         """The plan for passes of ``shape``."""
@@ -254,18 +263,18 @@ class Planner:
         return Costs(
             tokens=shape.tokens,
             layers=tuple(known[layer.key][0] for layer in layers),
-            fixed_bytes=self._fixed(device) - (head.still_free(self.model())[0] if shape.alone else 0),
+            fixed_bytes=self._fixed(device, shape.alone) - (head.still_free(self.model())[0] if shape.alone else 0),
             head_bytes=0,
             forward_bytes=max(forward for _, forward in known.values()),
             # Made twice a pass.
             cached=Cached(dense, tuple(2 * DENSE_TRAFFIC * size / BYTES for size in dense)) if any(dense) else None,
         )
 
-    def _fixed(self, device: torch.device) -> int:
-        """What is on the device whatever the plan."""
+    def _fixed(self, device: torch.device, alone: bool) -> int:
+        """What is on the device whatever the plan, in a pass that is alone in its step or not."""
         if self.fixed_bytes is None:
             self.fixed_bytes = self._held_by_training(device)
-        return self.fixed_bytes
+        return self.fixed_bytes + (0 if alone else self.waiting_bytes)
 
     def _held_by_training(self, device: torch.device) -> int:
         """As measured before the first pass, and what training will add."""
@@ -274,6 +283,10 @@ class Planner:
         own = sum(getattr(p, "_local_tensor", p).numel() for p in trained)
         now = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         gradients, state = sum(t.nbytes for t in held), int(own * self.run.optimizer_bytes)
+        if any(type(p).__name__ == "DTensor" for p in trained):
+            # Of FSDP2: a pass that does not exchange its gradients leaves them whole.
+            whole = sum(p.numel() * (self.run.gathers_as or p.dtype).itemsize for p in trained if p.grad is None)
+            self.waiting_bytes = max(0, whole - gradients)
         return now + gradients + state + self._gathered_bytes()
 
     def is_sharded(self) -> bool:

@@ -94,8 +94,8 @@ def constants_of(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"cos": angles[0], "sin": angles[1], "mask": mask}
 
 
-def disagreement(program: Program, seen: Sequence[Seen]) -> str:
-    """Why ``program`` does not stand for the layer that was ``seen``; the empty string if it does."""
+def disagreement(program: Program, layer: nn.Module, seen: Sequence[Seen]) -> str:
+    """Why ``program`` does not stand for ``layer``, which was ``seen``; the empty string if it does."""
     if not seen:
         return "the model did not call it with one positional argument"
     for call in seen:
@@ -104,13 +104,27 @@ def disagreement(program: Program, seen: Sequence[Seen]) -> str:
             return f"the model calls it with arguments that programs do not know: {', '.join(call.kwargs)}"
         if not isinstance(call.output, torch.Tensor):
             return f"it returns a {type(call.output).__name__}, not one tensor"
-        reason = _difference(lambda x, c=constants: program.trace(x, c)[OUTPUT], call)
+        reason = _difference(lambda x, c=constants: program.trace(x, c)[OUTPUT], layer, call)
         if reason:
             return reason
     return ""
 
 
-def _difference(run: Callable[[torch.Tensor], torch.Tensor], call: Seen) -> str:
+def tolerance(module: nn.Module, dtype: torch.dtype) -> float:
+    """That of the coarsest dtype that ``module``, whose results are of ``dtype``, computes in.
+
+    Linears over 4-bit weights have one of their own, whatever their input's, and so do adapters.
+    """
+    used = {dtype}
+    for part in module.modules():
+        if getattr(part, "quant_state", None) is None:
+            used |= {p.dtype for p in part.parameters(recurse=False)}
+        else:
+            used.add(getattr(part, "compute_dtype", None) or dtype)
+    return max(TOLERANCE.get(found, 0.0) for found in used)
+
+
+def _difference(run: Callable[[torch.Tensor], torch.Tensor], layer: nn.Module, call: Seen) -> str:
     try:
         with torch.no_grad():
             mine = run(call.hidden)
@@ -122,6 +136,6 @@ def _difference(run: Callable[[torch.Tensor], torch.Tensor], call: Seen) -> str:
         return f"the program gives {mine.dtype} {tuple(mine.shape)}, not {call.output.dtype} {tuple(call.output.shape)}"
     theirs, hidden, mine = (t.double()[call.real] for t in (call.output, call.hidden, mine))
     rounding = torch.finfo(call.output.dtype).eps * theirs.norm()
-    allowed = TOLERANCE[call.output.dtype] * (theirs - hidden).norm() + rounding
+    allowed = tolerance(layer, call.output.dtype) * (theirs - hidden).norm() + rounding
     off = (mine - theirs).norm()
     return "" if off <= allowed else f"the program's result is {off:.1e} off, more than the {allowed:.1e} of roundings"
