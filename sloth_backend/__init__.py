@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sloth_backend import autoload
 
 if TYPE_CHECKING:
-    from sloth_backend.api import optimize, report, undo
+    from sloth_backend.api import get_chat_template, optimize, report, undo
     from sloth_backend.config import SlothConfig, SlothConfigError
     from sloth_backend.findings import Edits, Finding, Report
     from sloth_backend.hookspecs import hookimpl
@@ -36,6 +36,7 @@ __all__ = [
     "SlothConfigError",
     "SlothPluginError",
     "attach",
+    "get_chat_template",
     "hookimpl",
     "optimize",
     "report",
@@ -44,6 +45,7 @@ __all__ = [
 
 _HOME = {
     "attach": "sloth_backend.hosts.accelerate",
+    "get_chat_template": "sloth_backend.api",
     "optimize": "sloth_backend.api",
     "report": "sloth_backend.api",
     "undo": "sloth_backend.api",

@@ -73,22 +73,6 @@ def measure_cuda(device: torch.device) -> DeviceMemory:
     return DeviceMemory(total, free, torch.cuda.memory_reserved(device), share)
 
 
-def agreed(budget_bytes: int | None, device: torch.device | None) -> int | None:
-    """The least budget of all ranks, so that all come to one plan; every rank must call it, on the same kind of device.
-
-    Ranks whose layers gather weights from each other must recompute the same layers, or they wait for each other for
-    ever.
-    """
-    import torch
-    import torch.distributed as dist
-
-    if budget_bytes is None or not (dist.is_available() and dist.is_initialized()):
-        return budget_bytes
-    least = torch.tensor([budget_bytes], dtype=torch.int64, device=device)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    return int(least.item())
-
-
 def host_budget(available: Callable[[], int | None] | None = None) -> int:
     """Bytes of host memory that this process may pin; 0 where the machine does not say how much there is.
 

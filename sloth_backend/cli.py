@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,11 @@ import sloth_backend
 app = typer.Typer(
     help="Fast, small and correct fine-tuning inside TRL.", no_args_is_help=True, pretty_exceptions_show_locals=False
 )
+
+
+def _console(stderr: bool = False) -> Console:
+    """As wide as COLUMNS says: rich holds the ``os.environ`` of its import, which datasets replaces when it maps."""
+    return Console(stderr=stderr, _environ=os.environ)
 
 
 def _version(asked: bool) -> None:
@@ -55,9 +61,9 @@ def demo(
     from sloth_backend.demo.outcome import Settings
 
     try:
-        run(Settings(model=model, data=data, steps=steps, seed=seed, lora=lora), out, compare, Console())
+        run(Settings(model=model, data=data, steps=steps, seed=seed, lora=lora), out, compare, _console())
     except DemoError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        _console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 
@@ -70,8 +76,36 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for 
     if as_json:
         typer.echo(json.dumps(diagnosis.to_dict(), indent=2))
     else:
-        render(diagnosis, Console())
+        render(diagnosis, _console())
     raise typer.Exit(0 if diagnosis.usable else 1)
+
+
+@app.command()
+def heal(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="Folder of a model with its tokenizer.")],
+    write: Annotated[
+        Path | None, typer.Option(help="New folder for a mended copy; the model's own is never written to.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Show the faults of a model's tokenizer and embeddings, with what is there and what should be; mend a copy."""
+    from sloth_backend import heal as healing
+    from sloth_backend.table import table
+
+    try:
+        patient = healing.examine(model)
+        if write is not None:
+            healing.write(patient, write)
+    except healing.HealError as error:
+        _console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    report = patient.report
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        _console().print(table(report))
+    left = report.of(action="warned") + ([] if write else report.of(action="changed"))
+    raise typer.Exit(1 if left else 0)
 
 
 if __name__ == "__main__":

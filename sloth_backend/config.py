@@ -48,6 +48,10 @@ class SlothConfig:
         heal_tokenizer: mend the tokenizer's faults before the host tokenises.
         fix_embeddings: set embedding rows that pre-training never touched to the mean of the trained rows.
         untrained_threshold: a row is untrained when none of its entries is larger than this in magnitude.
+        embedding_learning_rate: the rate at which input and output embeddings learn that train; None for that of all
+            other parameters.
+        check_data: look at the tokenised rows before the first step: how many are cut, train nothing or hold ids that
+            the model does not have.
         print_report: print what was and what was not changed when training is set up (main process only).
     """
 
@@ -61,6 +65,8 @@ class SlothConfig:
     heal_tokenizer: bool = True
     fix_embeddings: bool = True
     untrained_threshold: float = pydantic.Field(default=1e-16, ge=0)
+    embedding_learning_rate: float | None = pydantic.Field(default=None, gt=0, allow_inf_nan=False)
+    check_data: bool = True
     print_report: bool = True
 
     @pydantic.field_validator("kernels")

@@ -6,15 +6,17 @@ built-ins, hence called before them: they win the hooks that stop at the first r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pluggy
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from sloth_backend.data import Rows
     from sloth_backend.findings import Edits, Finding, Report
     from sloth_backend.plan import MemoryPlan
     from sloth_backend.roles import Role
@@ -64,6 +66,18 @@ def sloth_fix_embeddings(
     """
 
 
+@hookspec
+def sloth_check_data(
+    data: Sequence[Rows], model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, run: Run
+) -> list[Finding] | None:
+    """Called before phase C, once the host has tokenised and before the first step, where it shows its data.
+
+    ``data`` are the sets to train and to evaluate on, one ``Rows`` each. They are looked at, never changed, and no row
+    is taken from one that can only be iterated over once. Each process is called with what it has itself; a plugin that
+    finds the run meaningless raises SlothConfigError.
+    """
+
+
 @hookspec(firstresult=True)
 def sloth_memory_plan(model: nn.Module, run: Run) -> MemoryPlan | None:
     """Called once in phase C, before the model is patched: what each layer does with its activations.
@@ -96,6 +110,17 @@ def sloth_patch_trainer(trainer: object, model: nn.Module, run: Run, edits: Edit
 
     ``trainer`` is complete but has not trained; its optimizer may not be there yet. Methods are replaced on this
     instance alone and taken back through ``edits``, which must not keep the trainer alive.
+    """
+
+
+@hookspec
+def sloth_patch_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, run: Run, edits: Edits
+) -> list[Finding] | None:
+    """Called for each optimizer of the model that a loop of the user's own hands to its host: in phase C, or later.
+
+    It may be wrapped, or about to be, by one that has it as ``optimizer``. A trainer's, which may not be there yet, is
+    reached by ``sloth_patch_trainer``. Change this instance alone, through ``edits``, which must not keep it alive.
     """
 
 

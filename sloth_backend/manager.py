@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -17,21 +17,26 @@ from sloth_backend.config import SlothConfigError
 from sloth_backend.findings import Edits, Finding, Report, sign
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from sloth_backend.data import Rows
     from sloth_backend.plan import MemoryPlan
     from sloth_backend.roles import Role
     from sloth_backend.run import Run
     from sloth_kernels.op import Op
 
 BUILTIN = (
+    "embedding_training",
     "optimizer_step",
     "batch_fusion",
     "kernel_patching",
     "offloaded_checkpointing",
+    "chat_templates",
+    "embedding_fix",  # called after tokenizer_healing, which may move the padding row
     "tokenizer_healing",
-    "embedding_fix",
+    "data_checks",
     "step_overhead",
     "layer_programs",
     "determinism",
@@ -39,7 +44,10 @@ BUILTIN = (
 )
 """The plugins that ship with the backend, in the order in which they are registered."""
 
-_FINDING_HOOKS = ("sloth_heal_tokenizer", "sloth_fix_embeddings", "sloth_patch_model", "sloth_patch_trainer")
+_FINDING_HOOKS = (
+    *("sloth_heal_tokenizer", "sloth_fix_embeddings", "sloth_check_data"),
+    *("sloth_patch_model", "sloth_patch_trainer", "sloth_patch_optimizer"),
+)
 
 
 class SlothPluginError(RuntimeError):
@@ -111,6 +119,12 @@ class SlothManager:
         """See ``sloth_fix_embeddings``."""
         return _flatten(self.pm.hook.sloth_fix_embeddings(model=model, tokenizer=tokenizer, run=run, edits=edits))
 
+    def check_data(
+        self, data: Sequence[Rows], model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, run: Run
+    ) -> list[Finding]:
+        """See ``sloth_check_data``."""
+        return _flatten(self.pm.hook.sloth_check_data(data=data, model=model, tokenizer=tokenizer, run=run))
+
     def memory_plan(self, model: nn.Module, run: Run) -> MemoryPlan | None:
         """See ``sloth_memory_plan``."""
         return self.pm.hook.sloth_memory_plan(model=model, run=run)
@@ -131,6 +145,13 @@ class SlothManager:
     def patch_trainer(self, trainer: object, model: nn.Module, run: Run, edits: Edits) -> list[Finding]:
         """See ``sloth_patch_trainer``."""
         return _flatten(self.pm.hook.sloth_patch_trainer(trainer=trainer, model=model, run=run, edits=edits))
+
+    def patch_optimizer(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, run: Run, edits: Edits
+    ) -> list[Finding]:
+        """See ``sloth_patch_optimizer``."""
+        answers = self.pm.hook.sloth_patch_optimizer(optimizer=optimizer, model=model, run=run, edits=edits)
+        return _flatten(answers)
 
     def report(self, run: Run, report: Report) -> None:
         """See ``sloth_report``."""

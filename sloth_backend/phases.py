@@ -1,14 +1,14 @@
 """The three phases of a run, and the only callers of hooks.
 
 A ``before_data``: the tokenizer is mended before the host tokenises. B ``after_load``: the weights are there, their
-untrained embedding rows are repaired. C ``before_train``: adapters are complete, modules, loss and checkpointing
-are patched. A failure in any of them takes everything back.
+untrained embedding rows are repaired. C ``before_train``: adapters are complete, modules, loss and checkpointing are
+patched. Before C, ``check_data`` looks at what the host tokenised. A failure in any of them takes everything back.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,11 @@ from sloth_backend.manager import SlothManager, get_manager
 from sloth_backend.run import Run, describe_model
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+    from sloth_backend.data import Rows
 
 ATTRIBUTE = "_sloth_session"
 """Instance attribute of the causal language model under which its Session lives."""
@@ -61,36 +64,77 @@ def begin(run: Run, model: nn.Module | None = None) -> Session:
 
 def before_data(session: Session, tokenizer: PreTrainedTokenizerBase) -> None:
     """Phase A: mend the tokenizer in place, before the host tokenises."""
-    with _all_or_nothing(session):
+    with all_or_nothing(session):
         session.findings += session.manager.heal_tokenizer(tokenizer, session.run, session.edits)
 
 
 def after_load(session: Session, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Phase B: repair the embeddings of a loaded model."""
     session.run = replace(session.run, **describe_model(base_model(model)))
-    with _all_or_nothing(session):
+    with all_or_nothing(session):
         _raise_problems(session, model)
         session.findings += session.manager.fix_embeddings(model, tokenizer, session.run, session.edits)
         _attach(session, model)
 
 
-def before_train(session: Session, model: nn.Module, trainer: object | None = None) -> None:
-    """Phase C: patch the model that will train, and its trainer where there is one; print and publish the report."""
+def check_data(
+    session: Session, model: nn.Module, data: Sequence[Rows], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Between B and C, where the host shows its data: look at them before the first step.
+
+    Raises:
+        SlothConfigError: training on them would be meaningless.
+    """
+    if data:
+        with all_or_nothing(session):
+            session.findings += session.manager.check_data(data, base_model(model), tokenizer, session.run)
+
+
+def before_train(
+    session: Session,
+    model: nn.Module,
+    trainer: object | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+) -> None:
+    """Phase C: patch the model that will train, with the trainer or the optimizers that there are by then.
+
+    The report is printed and published.
+    """
     facts = describe_model(base_model(model))
     session.run = replace(session.run, **{**facts, "device": session.run.moves_to or facts["device"]})
     manager, target = session.manager, base_model(model)
-    with _all_or_nothing(session):
+    with all_or_nothing(session):
         plan = manager.memory_plan(target, session.run)
         session.findings += manager.patch_model(
             target, session.run, manager.ops(), manager.roles(), plan, session.edits
         )
         if trainer is not None:
             session.findings += manager.patch_trainer(trainer, target, session.run, session.edits)
+        for optimizer in optimizers:
+            session.findings += manager.patch_optimizer(optimizer, target, session.run, session.edits)
         _attach(session, model)
         report = session.report()
         manager.report(session.run, report)
     if session.run.config.print_report and _is_main_process():
         print(report, file=sys.stderr)
+
+
+def with_optimizer(session: Session, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What is left of phase C for an optimizer that the host gets after the model."""
+    with all_or_nothing(session):
+        target, edits = base_model(model), session.edits
+        session.findings += session.manager.patch_optimizer(optimizer, target, session.run, edits)
+
+
+@contextmanager
+def all_or_nothing(session: Session) -> Iterator[None]:
+    """Roll the whole session back when its block fails: nothing stays half-patched."""
+    try:
+        yield
+    except BaseException:
+        session.edits.rollback()
+        session.findings.clear()
+        raise
 
 
 def base_model(model: Any) -> Any:
@@ -127,17 +171,6 @@ def _raise_problems(session: Session, model: nn.Module | None) -> None:
     problems = [*session.run.problems, *session.manager.check(session.run, model)]
     if problems:
         raise SlothConfigError(problems)
-
-
-@contextmanager
-def _all_or_nothing(session: Session) -> Iterator[None]:
-    """Roll the whole session back when its block fails: nothing stays half-patched."""
-    try:
-        yield
-    except BaseException:
-        session.edits.rollback()
-        session.findings.clear()
-        raise
 
 
 def _is_main_process() -> bool:

@@ -30,6 +30,11 @@ def largest(values: Sequence[float]) -> list[float]:
     return found.tolist()
 
 
+def least(value: int | None) -> int | None:
+    """The least of all processes' values, below 2**53; None, which nobody is asked about, where there is no limit."""
+    return None if value is None else int(-largest([-float(value)])[0])
+
+
 def everywhere(here: bool) -> bool:
     """Whether it is so in all processes."""
     return not any(largest([float(not here)]))

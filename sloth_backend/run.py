@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from sloth_backend.config import SlothConfig
 
@@ -32,6 +32,7 @@ class Run:
         optimizer_bytes: what the optimizer keeps for each trained parameter, in bytes.
         sharding: how the model will be spread over processes: ``"fsdp2"``, ``"zero-1"`` to ``"zero-3"``; None where
             each of them holds all of it, or where the host does not say.
+        gathers_as: the dtype that FSDP2 casts parameters to when it gathers them; None where it leaves them theirs.
         moves_to: where the host will move the model once it is patched; None where it is there already.
         gradient_checkpointing: whether the host will checkpoint layers; None where only the model will tell.
         problems: combinations the host adapter found that cannot work; reported with those of the plugins.
@@ -46,6 +47,7 @@ class Run:
     tokens_per_pass: int | None = None
     optimizer_bytes: float = 8.0
     sharding: str | None = None
+    gathers_as: torch.dtype | None = None
     moves_to: torch.device | None = None
     problems: tuple[str, ...] = field(default=(), repr=False)
 
@@ -68,10 +70,19 @@ def describe_model(model: nn.Module) -> dict[str, object]:
     }
 
 
+def find_embedding(model: Any, which: Literal["input", "output"]) -> nn.Module | None:
+    """What ``get_input_embeddings`` or ``get_output_embeddings`` returns; None where a model has no such method,
+    cannot answer, or answers that there is none."""
+    try:
+        return getattr(model, f"get_{which}_embeddings")()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def is_causal_lm(model: object) -> bool:
     """Whether it predicts the next token: it has output embeddings and is no encoder-decoder."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return head is not None and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return find_embedding(model, "output") is not None and not encodes
 
 
 def _quantization_name(config: object | None) -> str | None:

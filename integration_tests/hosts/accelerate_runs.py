@@ -20,7 +20,7 @@ from sloth_backend.hosts.environment import VARIABLE, patch_accelerator
 
 EXAMPLE = ROOT / "docs" / "examples" / "accelerate_causal_lm.py"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LAYERS = ["model.layers.0", "model.layers.1"]
+LAYERS = tiny.LAYERS
 
 
 @contextmanager

@@ -40,3 +40,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a child process in which the package is installed."""
     return child.environment(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="session")
+def lean(installed: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same, without packages that hosts can do without."""
+    return child.without_optional(installed, tmp_path_factory.mktemp("lean"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,14 @@ def test_a_value_that_is_not_understood_is_one_error(value: str, message: str, r
     with switched(value), pytest.raises(SlothConfigError, match=message):
         make_accelerator().prepare(make_batches())
     assert recorder.calls == []
+
+
+def test_the_variable_is_read_where_it_is_by_then(monkeypatch: pytest.MonkeyPatch, recorder: Recorder) -> None:
+    """Libraries put another object in place of ``os.environ``: datasets does, when it maps in processes of its own."""
+    monkeypatch.setattr(os, "environ", copy.deepcopy(os.environ))
+    with switched("1"):
+        make_accelerator().prepare(make_model())
+    assert recorder.calls == PHASES[1:]
 
 
 def test_a_wrapped_prepare_looks_and_fails_like_the_original() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from integration_tests import tiny
 from integration_tests.child import lines
+from integration_tests.docs.snippets import command
 from integration_tests.hosts.accelerate_runs import EXAMPLE, LAYERS, make_accelerator, switched
 from sloth_backend import __main__ as entry
 
@@ -41,7 +43,7 @@ PROBE = """
 
 
 @pytest.fixture(scope="module")
-def environment(installed: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment(lean: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """That of a process in which the package is installed, and beside it a plugin that keeps reports."""
     site = tmp_path_factory.mktemp("reporter")
     (site / "reporter.py").write_text(lines(REPORTER))
@@ -51,7 +53,7 @@ def environment(installed: dict[str, str], tmp_path_factory: pytest.TempPathFact
     (info / "entry_points.txt").write_text("[sloth_backend]\nreporter = reporter\n")
     scripts = os.path.dirname(sys.executable)
     path = {"PATH": os.pathsep.join([scripts, os.environ["PATH"]]), "OMP_NUM_THREADS": "1"}
-    return {**installed, **path, "PYTHONPATH": os.pathsep.join([str(site), installed["PYTHONPATH"]])}
+    return {**lean, **path, "PYTHONPATH": os.pathsep.join([str(site), lean["PYTHONPATH"]])}
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +106,25 @@ def changed(report: dict[str, Any], capability: str) -> list[str]:
     return [f["subject"].removeprefix(PREFIX) for f in findings]
 
 
-def test_the_example_with_the_variable(
-    stock: list[float], arguments: list[str], environment: dict[str, str], tmp_path: Path
+PAGE_COMMANDS = [
+    command("docs/hosts-accelerate.md", "SLOTH_BACKEND='{"),
+    *(
+        pytest.param(line, marks=pytest.mark.slow)
+        for line in (
+            command("README.md", "SLOTH_BACKEND=1 accelerate launch train.py"),
+            command("docs/hosts-accelerate.md", "SLOTH_BACKEND=1 accelerate launch"),
+            command("docs/hosts-accelerate.md", "accelerate launch -m sloth_backend"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("line", PAGE_COMMANDS)
+def test_the_example_as_the_documentation_launches_it(
+    line: str, stock: list[float], arguments: list[str], environment: dict[str, str], tmp_path: Path
 ) -> None:
-    command = ["accelerate", "launch", "--cpu", str(EXAMPLE), *arguments, *TWO_PASSES]
-    ours, reports = launch(command, {**environment, "SLOTH_BACKEND": '{"print_report": false}'}, tmp_path)
+    shutil.copy(EXAMPLE, tmp_path / "train.py")
+    ours, reports = launch(["bash", "-c", f'{line} "$@"', "bash", *arguments, *TWO_PASSES], environment, tmp_path)
     assert ours == pytest.approx(stock, rel=1e-5)
     assert [changed(report, "layer_program") for report in reports] == [LAYERS]
     assert reports[0]["run"] == "accelerate, cpu, float32"

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from integration_tests.child import ROOT, lines, run
+from integration_tests.child import ROOT, lines, run, without_optional
 from sloth_backend import autoload
 
 FAKE_HOST = {
@@ -184,12 +184,12 @@ LIGHT = """
 
 
 @pytest.mark.parametrize("first", ["from trl import SFTTrainer", "from trl import SFTConfig"])
-def test_trl_has_the_switch_although_it_is_imported_first(first: str, installed: dict[str, str]) -> None:
+def test_trl_has_the_switch_although_it_is_imported_first(first: str, lean: dict[str, str]) -> None:
     """TRL's module then imports torch, so it is half-built when the hook is installed."""
-    run(lines(first, CHECK, LIGHT), installed)
+    run(lines(first, CHECK, LIGHT), lean)
 
 
-def test_torch_can_be_imported_where_the_hook_cannot_be_installed(installed: dict[str, str]) -> None:
+def test_torch_can_be_imported_where_the_hook_cannot_be_installed(lean: dict[str, str]) -> None:
     script = """
         import sys
         class Broken(list):
@@ -200,7 +200,67 @@ def test_torch_can_be_imported_where_the_hook_cannot_be_installed(installed: dic
         from sloth_backend import autoload
         print(torch.ones(2).sum().item(), autoload.status().errors)
     """
-    assert run(script, installed).stdout == "2.0 {'install': OSError('no')}\n"
+    assert run(script, lean).stdout == "2.0 {'install': OSError('no')}\n"
+
+
+BARE = """
+    import sys
+    class Missing:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in sys.argv[1].split(","):
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    sys.meta_path.insert(0, Missing())
+"""
+DEPENDENCIES = "pluggy,pydantic,pydantic_core,rich,typer,triton,transformers,accelerate,peft,trl,sentencepiece"
+
+
+def test_torch_can_be_imported_where_no_dependency_is(lean: dict[str, str]) -> None:
+    """As in the isolated environments in which packages are built, where the path alone may lead here."""
+    script = """
+        import warnings
+        warnings.simplefilter("error")
+        import torch
+        from sloth_backend import autoload
+        print(torch.ones(2).sum().item(), autoload.status())
+    """
+    output = run(lines(BARE, script), {**lean, "SLOTH_BACKEND": "1"}, DEPENDENCIES).stdout
+    assert output == "2.0 Status(installed=True, patched=(), errors={})\n"
+
+
+def test_hosts_can_be_imported_where_our_own_dependencies_are_missing(lean: dict[str, str]) -> None:
+    """The error is that of whoever asks for the backend, at the time that they do."""
+    script = """
+        import accelerate
+        from transformers import Trainer, TrainingArguments
+        from sloth_backend import autoload
+        print(autoload.status().errors)
+        try:
+            accelerate.Accelerator(cpu=True).prepare(1)
+            Trainer(backend="sloth")
+        except ModuleNotFoundError as error:
+            print(error.name)
+    """
+    output = run(lines(BARE, script), {**lean, "SLOTH_BACKEND": "1"}, "pluggy").stdout
+    assert output == "{}\npluggy\n"
+
+
+def test_the_hook_costs_less_than_two_milliseconds(lean: dict[str, str], tmp_path: Path) -> None:
+    """What ``import torch`` pays for it, from compiled files as pip installs them: the best of many."""
+    script = """
+        import importlib, sys, time
+        import torch
+        sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[1]
+        took = []
+        for _ in range(20):
+            for name in [name for name in sys.modules if name.startswith("sloth_")]:
+                del sys.modules[name]
+            sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "HostFinder"]
+            start = time.perf_counter()
+            importlib.import_module("sloth_backend.autoload").install()
+            took.append(time.perf_counter() - start)
+        print(min(took))
+    """
+    assert float(run(script, lean, tmp_path).stdout) < 2e-3
 
 
 SURVEY = """
@@ -273,7 +333,7 @@ IMPORTED_BY_HAND = """
 """
 
 
-def test_without_the_switch_nothing_changes(installed: dict[str, str], tmp_path: Path) -> None:
+def test_without_the_switch_nothing_changes(lean: dict[str, str], tmp_path: Path) -> None:
     """Classes, modules and the numbers of a training run; and a config saved with the field loads without it.
 
     The first child imports transformers before TRL. The second has opted out of torch's autoload, until it imports
@@ -281,7 +341,7 @@ def test_without_the_switch_nothing_changes(installed: dict[str, str], tmp_path:
     """
     scripts = {"1": lines(FIRST_TRANSFORMERS, SURVEY, LIGHT, CHECK), "0": lines(SURVEY, IMPORTED_BY_HAND, CHECK)}
     outputs = (
-        run(script, {**installed, "TORCH_DEVICE_BACKEND_AUTOLOAD": flag}, tmp_path).stdout.splitlines()[-1]
+        run(script, {**lean, "TORCH_DEVICE_BACKEND_AUTOLOAD": flag}, tmp_path).stdout.splitlines()[-1]
         for flag, script in scripts.items()
     )
     with_us, without = map(json.loads, outputs)
@@ -309,11 +369,12 @@ def test_the_wheel_carries_the_switch(tmp_path: Path) -> None:
         import inspect, sloth_backend
         print("backend" in inspect.signature(SFTTrainer).parameters, sloth_backend.__file__)
     """
-    output = run(script, {**os.environ, "PYTHONPATH": str(target)}).stdout
+    (tmp_path / "lean").mkdir()
+    output = run(script, without_optional({**os.environ, "PYTHONPATH": str(target)}, tmp_path / "lean")).stdout
     assert output.split() == ["True", str(target / "sloth_backend" / "__init__.py")]
 
 
-def test_beside_a_library_that_writes_the_classes_anew_they_stay_as_they_are(installed: dict[str, str]) -> None:
+def test_beside_a_library_that_writes_the_classes_anew_they_stay_as_they_are(lean: dict[str, str]) -> None:
     """It copies the source of ``__init__``, which has no switch, and calls the copy with what the signature has."""
     script = """
         import sys, types
@@ -324,4 +385,4 @@ def test_beside_a_library_that_writes_the_classes_anew_they_stay_as_they_are(ins
         assert "backend" not in inspect.signature(SFTTrainer).parameters
         assert autoload.status().installed and not autoload.status().errors
         """
-    run(script, installed)
+    run(script, lean)

@@ -10,12 +10,18 @@ import pytest
 
 pytest.importorskip("axolotl")
 
+import torch
+import transformers
+import yaml
+
 import sloth_backend
 from integration_tests import tiny
+from integration_tests.docs.snippets import snippet
 from integration_tests.hosts import axolotl_runs
 from integration_tests.hosts.axolotl_runs import STOCK, Outcome, options, train
 from integration_tests.hosts.recorder import PHASES, Recorder
-from sloth_backend import SlothPluginError
+from sloth_backend import SlothConfigError, SlothPluginError, phases
+from sloth_backend.hosts import trainers
 from sloth_backend.hosts.axolotl import HEALED, SlothPlugin
 
 QUIET = {"sloth": {"print_report": False}}
@@ -87,6 +93,17 @@ def test_losses_of_other_kinds_are_those_of_axolotl(kind: str, model_folder: Pat
 
 
 @pytest.mark.slow
+def test_the_options_on_the_page_train(model_folder: Path, tmp_path: Path) -> None:
+    stock = train(options(tmp_path, model_folder, **STOCK))
+    said = yaml.safe_load(snippet("docs/hosts-axolotl.md", "use_sloth:"))
+    ours = train(options(tmp_path, model_folder, **said, output_dir=str(tmp_path / "ours")))
+    axolotl_runs.assert_same_logs(ours, stock)
+    capabilities = {finding.capability for finding in sloth_backend.report(ours.model).of(action="changed")}
+    assert set(said["sloth"]["kernels"]) <= capabilities
+    assert "linear_cross_entropy" not in capabilities
+
+
+@pytest.mark.slow
 def test_a_run_that_is_resumed_ends_where_the_whole_one_does(model_folder: Path, tmp_path: Path) -> None:
     given = options(tmp_path, model_folder, **QUIET, use_sloth=True, save_strategy="steps", save_steps=2)
     whole = train(given)
@@ -95,6 +112,35 @@ def test_a_run_that_is_resumed_ends_where_the_whole_one_does(model_folder: Path,
     assert_all_layers_changed(rest)
     assert rest.trainer.state.global_step == whole.trainer.state.global_step
     assert rest.logs[-2]["loss"] == pytest.approx(whole.logs[-2]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("switch", [{"use_unsloth": True}, {"use_sloth": True, "sloth": {"kernels": ["glu"]}}])
+def test_inference_generates_what_axolotl_does(
+    switch: dict[str, Any], model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By what ``axolotl inference`` calls."""
+    from axolotl.cli.config import load_cfg
+    from axolotl.cli.utils import load_model_and_tokenizer
+
+    found = []
+    for name, keys in (("stock", STOCK), ("ours", switch)):
+        config = axolotl_runs.write(tmp_path / f"{name}.yml", options(tmp_path, model_folder, **keys))
+        cfg = load_cfg(str(config), inference=True, rl=None)
+        transformers.set_seed(3)
+        model, tokenizer, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
+        batch = tokenizer("the quick brown fox", return_tensors="pt")
+        with torch.no_grad():
+            logits = model.eval()(**batch).logits
+        found.append((model, logits, model.generate(**batch, do_sample=False, max_new_tokens=12)))
+    (plain, expected, tokens), (model, logits, ours) = found
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours, tokens)
+    capabilities = {finding.capability for finding in sloth_backend.report(model).of(action="changed")}
+    kernels = set(switch.get("sloth", {}).get("kernels", ("rms_norm", "rope", "glu")))
+    assert capabilities & {"rms_norm", "rope", "glu"} == kernels
+    assert not capabilities & {"linear_cross_entropy", "batch_fusion"}
+    assert not sloth_backend.report(plain).findings
+    assert "sloth_backend · axolotl, cpu, float32" in capsys.readouterr().err
 
 
 def test_each_phase_runs_at_its_time(recorder: Recorder, model_folder: Path, tmp_path: Path) -> None:
@@ -135,6 +181,21 @@ def test_a_failing_phase_ends_the_run_and_leaves_nothing(
         train(options(tmp_path, model_folder, use_sloth=True))
     kept += [recorder.fixed] if recorder.fixed is not None else []
     assert not [name for target in kept[-2:] for name in vars(target) if name.startswith("_mark")]
+
+
+def test_a_way_to_spread_that_is_refused_leaves_nothing(
+    recorder: Recorder, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is known once the trainer is there, after two phases have run."""
+
+    def refuse(session: Any, trainer: Any) -> None:
+        raise SlothConfigError(["as told"])
+
+    monkeypatch.setattr(trainers, "check_sharding", refuse)
+    with pytest.raises(SlothConfigError, match="as told"):
+        train(options(tmp_path, model_folder, use_sloth=True))
+    assert set(recorder.calls) == set(PHASES[:2])
+    assert not [name for name in vars(recorder.fixed) if name.startswith(("_mark", phases.ATTRIBUTE))]
 
 
 def test_hooks_leave_other_configurations_alone(recorder: Recorder, model_folder: Path, tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import pytest
 
 pytest.importorskip("axolotl")
 
+import yaml
 from axolotl.integrations.base import PluginManager
 from pydantic import ValidationError
 
+from integration_tests.docs.snippets import snippet
 from integration_tests.hosts import axolotl_runs
 from integration_tests.hosts.axolotl_runs import options
 from integration_tests.hosts.recorder import Recorder
@@ -22,6 +24,11 @@ from sloth_backend import SlothConfig, autoload
 from sloth_backend.hosts import axolotl_config
 from sloth_backend.hosts.axolotl_config import OWN_LORA_KERNELS, PLUGIN, is_asked, options_of
 
+SNIPPETS = [
+    snippet("docs/hosts-axolotl.md", "use_unsloth:"),
+    snippet("docs/hosts-axolotl.md", "use_sloth:"),
+    snippet("docs/hosts-axolotl.md", "plugins:"),
+]
 LIGER, CCE = "axolotl.integrations.liger.LigerPlugin", "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
 
 
@@ -74,6 +81,15 @@ def test_options_reach_the_run(model_folder: Path, recorder: Recorder, tmp_path:
     cfg = axolotl_runs.load(options(tmp_path, model_folder, use_unsloth=True, sloth=chosen))
     assert options_of(cfg) == SlothConfig(kernels=("rope", "glu"), memory="least", offload_keep_last=2)
     json.dumps(cfg.to_dict()["sloth"])
+
+
+@pytest.mark.parametrize("text", SNIPPETS)
+def test_the_configurations_of_the_page(text: str, model_folder: Path, recorder: Recorder, tmp_path: Path) -> None:
+    said = yaml.safe_load(text)
+    cfg = axolotl_runs.load(options(tmp_path, model_folder, **said))
+    assert is_asked(cfg)
+    assert PLUGIN in cfg.plugins
+    assert options_of(cfg) == SlothConfig.from_mapping(said.get("sloth", {}))
 
 
 def test_unsloth_s_checkpointing_is_mapped(model_folder: Path, recorder: Recorder, tmp_path: Path) -> None:
@@ -133,6 +149,11 @@ def test_all_conflicts_are_refused_together(model_folder: Path, recorder: Record
     assert f"Remove {CCE} from `plugins`" in text
     assert "with `use_unsloth: true` (kernels: true)" in found["tiled_mlp"]
     assert recorder.calls == []
+
+
+def test_the_error_on_the_page(model_folder: Path, recorder: Recorder, tmp_path: Path) -> None:
+    text, _ = refused(tmp_path, model_folder, use_unsloth=True, tiled_mlp=True, gradient_checkpointing="offload")
+    assert f"{text}\n" == snippet("docs/hosts-axolotl.md", "2 validation errors")
 
 
 def test_the_remedies_of_conflicts_work() -> None:

@@ -185,11 +185,12 @@ def test_other_models_train_as_in_stock_and_findings_say_what_they_do_not_gain(n
     assert not sloth_backend.report(ours.model).findings
 
 
-def test_the_tokenizer_stays_what_it_was_when_the_data_were_tokenised(recorder: Recorder, tmp_path: Path) -> None:
-    trainer = make(llama(), tmp_path, backend="sloth")
-    assert recorder.calls == ["fix", "patch"]
-    (finding,) = sloth_backend.report(trainer.model).of(action="skipped", capability="tokenizer_healing")
-    assert "tokenised before" in finding.reason
+def test_the_tokenizer_goes_through_both_phases(recorder: Recorder, tmp_path: Path) -> None:
+    seen = []
+    recorder.on_tokenizer = seen.append
+    make(llama(), tmp_path, backend="sloth")
+    assert recorder.calls == ["heal", "fix", "patch"]
+    assert seen == [TOKENIZER]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,7 @@ def test_every_spelling_of_the_switch(
     options = {"backend": backend} if place == "keyword" else {"args": {"backend": backend}}
     trainer = make(llama(), tmp_path, **options)
     assert (recorder.run.config if recorder.run else None) == expected
-    assert recorder.calls == (["fix", "patch"] if expected else [])
+    assert recorder.calls == (["heal", "fix", "patch"] if expected else [])
     assert isinstance(trainer.args.backend, dict | str | bool | None)
 
 
@@ -264,7 +265,7 @@ def test_what_users_call_backend_stays_theirs(recorder: Recorder, tmp_path: Path
     assert args.backend == "nccl"
     assert recorder.calls == []
     Trainer(llama(), args, train_dataset=rows(), processing_class=TOKENIZER, backend="sloth")
-    assert recorder.calls == ["fix", "patch"]
+    assert recorder.calls == ["heal", "fix", "patch"]
 
 
 def test_a_model_that_is_made_in_train_is_refused(tmp_path: Path) -> None:

@@ -68,6 +68,27 @@ def test_a_model_given_by_name_trains_as_it_does_in_trl(model_folder: Path, tmp_
     assert_same_logs(trainers[1], trainers[0])
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_4bit_model_given_by_name_as_trl_loads_it(bf16: bool, tmp_path: Path) -> None:
+    """In float32, its 4-bit products in bfloat16 and its adapters rounded to it."""
+    folder = tiny.save(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    loading = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    trainers = []
+    for backend in (None, "sloth"):
+        args = make_args(tmp_path, bf16=bf16)
+        options = {"quantization_config": loading, "peft_config": lora(), "processing_class": None}
+        trainers.append(make_trainer(tmp_path, model=str(folder), args=args, backend=backend, **options))
+        trainers[-1].train()
+    stock, ours = trainers
+    report = sloth_backend.report(ours.model)
+    assert [f.subject for f in report.of(action="changed", capability="layer_program")] == tiny.LAYERS, str(report)
+    assert ours.model.get_input_embeddings().weight.dtype == torch.float32
+    losses = [[log["loss"] for log in logs(trainer) if "loss" in log] for trainer in (ours, stock)]
+    assert losses[0] == pytest.approx(losses[1], rel=2**-9)
+
+
 @pytest.mark.parametrize("by_name", [False, True])
 def test_the_switch_draws_no_random_numbers(by_name: bool, model_folder: Path, tmp_path: Path) -> None:
     """Else dropout, noise and the order of the data would differ from a run without it."""

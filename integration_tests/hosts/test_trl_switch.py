@@ -16,7 +16,6 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 
 import sloth_backend
 from integration_tests import tiny
-from integration_tests.child import run
 from integration_tests.hosts.recorder import PHASES, Recorder
 from integration_tests.hosts.trl_runs import lora, make_args, make_trainer
 from sloth_backend import SlothConfig, SlothConfigError, SlothPluginError
@@ -286,28 +285,6 @@ def test_parsers_of_derived_configs_have_the_option(tmp_path: Path) -> None:
         [*arguments, "--backend", '{"kernels": false}', "--extra", "5"]
     )
     assert (config.backend, config.extra) == ({"kernels": False}, 5)
-
-
-def test_trl_sft_on_the_command_line(installed: dict[str, str], model_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    tiny.write_jsonl(tmp_path / "data" / "train.jsonl", "messages")
-    options = {
-        "model_name_or_path": model_folder,
-        "dataset_name": tmp_path / "data",
-        "output_dir": tmp_path / "out",
-        "use_cpu": "true",
-        "bf16": "false",
-        "report_to": "none",
-        "max_steps": 2,
-        "use_peft": "true",
-        "backend": "sloth",
-    }
-    arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
-    script = "import sys; from trl.cli.main import main; sys.argv[0] = 'trl'; main()"
-    result = run(script, {**installed, "HF_HOME": str(tmp_path / "cache")}, "sft", *arguments)
-    assert "sloth_backend · trl, cpu, float32" in result.stderr
-    assert "linear_cross_entropy" in result.stderr
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def test_classes_that_have_moved_are_refused_whole() -> None:

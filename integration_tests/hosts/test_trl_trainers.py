@@ -296,7 +296,7 @@ def test_kernels_false_leaves_no_finding_of_the_loss(tmp_path: Path) -> None:
 
 
 def test_a_trainer_that_is_not_listed_is_switched_on_by_its_field(tmp_path: Path) -> None:
-    """It has no keyword, and its tokenizer is not mended: it has tokenised before it comes to Trainer."""
+    """It has no keyword, and has tokenised before its tokenizer comes to Trainer."""
     from trl.experimental.bco import BCOConfig, BCOTrainer
 
     trainers = []
@@ -312,7 +312,7 @@ def test_a_trainer_that_is_not_listed_is_switched_on_by_its_field(tmp_path: Path
     assert_same(*trainers, watched=("loss", "rewards/chosen"))
     report = sloth_backend.report(trainers[0].model)
     assert len(report.of(action="changed", capability="layer_program")) == 2
-    assert report.of(action="skipped", capability="tokenizer_healing")
+    assert not report.of(action="changed", capability="tokenizer_healing")
 
 
 CHECK = """
@@ -332,8 +332,8 @@ CHECK = """
 """
 
 
-def test_the_switch_is_there_although_a_trainer_is_imported_first(installed: dict[str, str]) -> None:
-    run(lines("from trl.experimental.orpo import ORPOTrainer", CHECK), installed)
+def test_the_switch_is_there_although_a_trainer_is_imported_first(lean: dict[str, str]) -> None:
+    run(lines("from trl.experimental.orpo import ORPOTrainer", CHECK), lean)
 
 
 @dataclasses.dataclass

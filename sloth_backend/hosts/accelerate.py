@@ -15,7 +15,16 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sloth_backend.hosts.accelerate_facts import keep_autocast, optimizer_bytes, place, problems, uncompiled
+from sloth_backend.hosts.accelerate_facts import (
+    keep_autocast,
+    optimizer_bytes,
+    optimizers_of,
+    place,
+    problems,
+    split_embeddings,
+    uncompiled,
+)
+from sloth_backend.hosts.data import of_loaders
 from sloth_backend.hosts.environment import DECLINED, from_environment
 from sloth_backend.hosts.sharding import spread, take_over_checkpointing
 
@@ -27,6 +36,8 @@ if TYPE_CHECKING:
     from sloth_backend.phases import Session
     from sloth_backend.run import Run
 
+LOOPS = ("accelerate", "user")
+"""Hosts, as in Run, whose optimizers come to ``prepare`` from a loop of the user's own."""
 _MARK = "_sloth_prepare"
 
 
@@ -123,10 +134,25 @@ def _wrapped(original: Callable[..., Any], ask: Callable[[], _Request | None]) -
             for model, placement in _placed(args, device_placement):
                 if request is not None and _needs_session(model):
                     sessions.append(_activate(self, model, placement, request, args))
-            return original(self, *args, device_placement=device_placement)
+            prepared = original(self, *args, device_placement=device_placement)
+        if request is not None:
+            _serve_late(self, sessions, prepared if isinstance(prepared, tuple) else (prepared,))
+        return prepared
 
     vars(prepare)[_MARK] = True
     return prepare
+
+
+def _serve_late(accelerator: Any, done: Sequence[Session], prepared: Sequence[Any]) -> None:
+    """The optimizers among what was just prepared whose model was switched on before; trainers see to theirs."""
+    from sloth_backend import phases
+
+    for model in accelerator._models:
+        session = phases.find_session(model)
+        if session is None or any(session is one for one in done) or session.run.host not in LOOPS:
+            continue
+        for optimizer in optimizers_of(model, prepared):
+            phases.with_optimizer(session, model, optimizer)
 
 
 @contextmanager
@@ -181,6 +207,8 @@ def _activate(
     place(accelerator, model, placement)
     keep_autocast(accelerator, phases.base_model(model), session.edits)
     phases.after_load(session, model, request.tokenizer)
-    phases.before_train(session, model)
+    phases.check_data(session, model, of_loaders((*accelerator._dataloaders, *args)), request.tokenizer)
+    split_embeddings(session, model, (*accelerator._optimizers, *accelerator._schedulers, *args))
+    phases.before_train(session, model, optimizers=optimizers_of(model, args))
     take_over_checkpointing(accelerator, session.findings, session.edits)
     return session

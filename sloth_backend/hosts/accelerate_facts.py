@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import types
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from sloth_backend.hosts.sharding import sharding_problems
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
     from sloth_backend.config import SlothConfig
     from sloth_backend.findings import Edits
+    from sloth_backend.phases import Session
 
 _ORIGINAL = "_original_forward"
 """Where Accelerate keeps the forward that it has put autocast around."""
@@ -38,6 +42,33 @@ def place(accelerator: Any, model: Any, placement: bool | None) -> None:
     dispatched = accelerator.verify_device_map(model) or (quantized and getattr(model, "hf_device_map", None))
     if wanted and not dispatched and accelerator.distributed_type.name not in _SHARDED:
         model.to(accelerator.device)
+
+
+def split_embeddings(session: Session, model: Any, given: Sequence[Any]) -> None:
+    """Give the embeddings their learning rate in the optimizer among ``given``, and tell the schedules there of it.
+
+    Raises:
+        SlothConfigError: there is none that trains them.
+    """
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from sloth_backend import phases
+    from sloth_backend.config import SlothConfigError
+    from sloth_backend.embedding_rate import OPTION, embedding_parameters, rate_finding, split_groups, unwrapped
+
+    rate = session.run.config.embedding_learning_rate
+    if rate is None:
+        return
+    bare = [unwrapped(unwrapped(one), "scheduler") for one in given]
+    optimizers = [one for one in bare if isinstance(one, Optimizer)]
+    if len(optimizers) != 1:
+        text = f"{OPTION} is set: prepare the model together with its one optimizer, {len(optimizers)} are there"
+        raise SlothConfigError([text])
+    schedules = [one for one in bare if isinstance(one, LRScheduler) and one.optimizer is optimizers[0]]
+    parameters = embedding_parameters(phases.base_model(model))
+    session.edits.on_undo(split_groups(optimizers[0], parameters, rate, schedules))
+    session.findings.append(rate_finding(parameters, rate))
 
 
 def problems(accelerator: Any, config: SlothConfig, model: Any = None) -> list[str]:
@@ -69,12 +100,19 @@ def optimizer_bytes(model: nn.Module, args: tuple[Any, ...]) -> float:
 
     from sloth_backend.optimizers import state_bytes
 
-    trained, name = {id(p) for p in model.parameters() if p.requires_grad}, ""
-    for optimizer in (arg for arg in args if isinstance(arg, torch.optim.Optimizer)):
-        if any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
-            name = _trainer_s_name(optimizer)
+    names = [_trainer_s_name(optimizer) for optimizer in optimizers_of(model, args)]
+    name = names[-1] if names else ""
     embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     return state_bytes(name, model.parameters(), embeddings)
+
+
+def optimizers_of(model: nn.Module, args: Iterable[Any]) -> list[Any]:
+    """Those among ``args`` that train a parameter of ``model``."""
+    import torch
+
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    optimizers = [arg for arg in args if isinstance(arg, torch.optim.Optimizer)]
+    return [o for o in optimizers if any(id(p) in trained for group in o.param_groups for p in group["params"])]
 
 
 def _trainer_s_name(optimizer: Any) -> str:

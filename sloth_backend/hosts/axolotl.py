@@ -21,22 +21,30 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from sloth_backend.hosts import axolotl_config
 from sloth_backend.hosts.axolotl_config import OPTIONS, Problem, is_asked, options_of
+from sloth_backend.hosts.data import named
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from sloth_backend.data import Rows
     from sloth_backend.phases import Session
     from sloth_backend.run import Run
 
 log = logging.getLogger(__name__)
 
-HOOKS = ("register", "get_input_args", "pre_lora_load", "post_trainer_create")
+HOOKS = ("register", "get_input_args", "pre_lora_load", "post_model_load", "post_trainer_create")
 TOKENIZERS, LOADER = "axolotl.loaders.tokenizer", "load_tokenizer"
 DATA, HASHED = "axolotl.utils.data.shared", "DATASET_HASH_CONFIG_EXTRA_FIELDS"
+LENGTHS, CUTTER = "axolotl.utils.data.utils", "handle_long_seq_in_dataset"
 HEALED = "sloth_healed"
 """Key of a configuration that says how its tokenizer was mended, so that data tokenised otherwise are not reused."""
 
+INFERENCE = "sloth_inference"
+GENERATING = ("rms_norm", "rope", "glu")
+"""The ops that a model has use for that does not train."""
+
 _STATE = "_sloth_state"
+_SEEN = "_sloth_seen"
 _MARK = "_sloth_switch"
 
 
@@ -49,6 +57,9 @@ class SlothArgs(BaseModel):
     use_unsloth: bool | None = Field(default=None, json_schema_extra={"description": "The same as use_sloth."})
     sloth: dict[str, Any] | bool | None = Field(
         default=None, json_schema_extra={"description": "Options of sloth_backend, see sloth_backend.SlothConfig."}
+    )
+    sloth_inference: bool | None = Field(
+        default=None, json_schema_extra={"description": "Set by `axolotl inference`, where no trainer will come."}
     )
 
     @field_validator("sloth")
@@ -75,7 +86,10 @@ class SlothPlugin(BasePlugin):
             raise _error(found)
         _check_hooks()
         _heal_after_loading()
+        _take_the_place_of(LENGTHS, CUTTER, ["dataset", "sequence_len", "cfg"], _noting)
         _hash_what_was_healed()
+        if cfg.get("inference"):  # which the schema does not keep
+            cfg[INFERENCE] = True
         for said in axolotl_config.prepare(cfg):
             log.info(said)
 
@@ -90,6 +104,17 @@ class SlothPlugin(BasePlugin):
             vars(cfg)[_STATE] = (None, tokenizer)  # the next model, a reference, gets a session of its own
             _after_load(session, cfg, model, tokenizer)
 
+    def post_model_load(self, cfg: Any, model: nn.Module) -> None:
+        """Phase C where the model only generates: modules run on their ops; what a training step needs is left out."""
+        from sloth_backend import phases
+
+        session = phases.find_session(model) if is_asked(cfg) and cfg.get(INFERENCE) else None
+        if session is not None:
+            allowed = tuple(name for name in GENERATING if session.run.config.allows(name))
+            options = replace(session.run.config, kernels=allowed, checkpointing="host")
+            session.run = replace(session.run, config=options)
+            phases.before_train(session, model)
+
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Phase C: model, adapters and trainer are complete."""
         from sloth_backend import phases
@@ -100,11 +125,13 @@ class SlothPlugin(BasePlugin):
         if not is_asked(cfg):
             return
         session = phases.find_session(trainer.model) or _after_load(None, cfg, trainer.model, trainer.processing_class)
-        check_sharding(session, trainer)
-        run = replace(session.run, optimizer_bytes=trainer_state_bytes(trainer))
-        session.run = spread(run, trainer.accelerator)
-        phases.before_train(session, trainer.model, trainer)
-        take_over_checkpointing(trainer.accelerator, session.findings, session.edits)
+        with phases.all_or_nothing(session):
+            check_sharding(session, trainer)
+            run = replace(session.run, optimizer_bytes=trainer_state_bytes(trainer))
+            session.run = spread(run, trainer.accelerator)
+            phases.check_data(session, trainer.model, _rows(cfg, trainer), trainer.processing_class)
+            phases.before_train(session, trainer.model, trainer)
+            take_over_checkpointing(trainer.accelerator, session.findings, session.edits)
 
 
 def _after_load(session: Session | None, cfg: Any, model: nn.Module, tokenizer: Any) -> Session:
@@ -121,6 +148,14 @@ def _run(cfg: Any) -> Run:
 
     checkpointing = bool(cfg.get("gradient_checkpointing"))
     return Run("axolotl", options_of(cfg), gradient_checkpointing=checkpointing, tokens_per_pass=_tokens_per_pass(cfg))
+
+
+def _rows(cfg: Any, trainer: Any) -> list[Rows]:
+    """The data of a trainer, those that were seen before Axolotl cut them as they were then."""
+    from sloth_backend.data import Rows
+
+    sets = dict(named(trainer.train_dataset, trainer.eval_dataset))
+    return list(({name: Rows(name, data) for name, data in sets.items()} | vars(cfg).pop(_SEEN, {})).values())
 
 
 def _tokens_per_pass(cfg: Any) -> int | None:
@@ -164,16 +199,26 @@ def _heal_after_loading() -> None:
     Axolotl has no hook between loading the tokenizer and tokenising, and several of its modules import the loader by
     name. The loader that takes its place hands on what it gets wherever the configuration does not ask.
     """
-    original = getattr(importlib.import_module(TOKENIZERS), LOADER, None)
+    _take_the_place_of(TOKENIZERS, LOADER, ["cfg"], _healing)
+
+
+def _take_the_place_of(module: str, name: str, parameters: list[str], make: Callable[[Any], Any]) -> None:
+    """Put what ``make`` makes of a function in its place, in all modules that have imported it; twice is harmless.
+
+    Raises:
+        RuntimeError: it does not begin with these parameters.
+    """
+    original = getattr(importlib.import_module(module), name, None)
     if hasattr(original, _MARK):
         return
-    if original is None or next(iter(inspect.signature(original).parameters), None) != "cfg":
-        raise _moved(f"{TOKENIZERS} has no {LOADER}(cfg)")
-    healing = _healing(original)
-    for module in list(sys.modules.values()):
-        names = getattr(module, "__dict__", {})
-        if names.get(LOADER) is original:
-            names[LOADER] = healing
+    if original is None or list(inspect.signature(original).parameters)[: len(parameters)] != parameters:
+        raise _moved(f"{module} has no {name}({', '.join(parameters)})")
+    ours = make(original)
+    vars(ours)[_MARK] = True
+    for other in list(sys.modules.values()):
+        names = getattr(other, "__dict__", {})
+        if names.get(name) is original:
+            names[name] = ours
 
 
 def _healing(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -184,8 +229,24 @@ def _healing(original: Callable[..., Any]) -> Callable[..., Any]:
             _before_data(cfg, tokenizer)
         return tokenizer
 
-    vars(load_tokenizer)[_MARK] = True
     return load_tokenizer
+
+
+def _noting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Take down the rows that Axolotl is about to cut or drop; with prepared data it did so in another run."""
+
+    @functools.wraps(original)
+    def handle_long_seq_in_dataset(dataset: Any, sequence_len: int, cfg: Any) -> Any:
+        if is_asked(cfg):
+            from sloth_backend.data import Rows
+
+            seen = vars(cfg).setdefault(_SEEN, {})
+            name = f"set {len(seen) + 1}, before it was cut" if cfg.get("test_datasets") else "train"
+            longer = "keep_start" if cfg.get("excess_length_strategy") == "truncate" else "drop"
+            seen[name] = Rows(name, dataset, sequence_len, longer)
+        return original(dataset, sequence_len, cfg)
+
+    return handle_long_seq_in_dataset
 
 
 def _before_data(cfg: Any, tokenizer: Any) -> None:

@@ -45,6 +45,9 @@ FIGHTING_PLUGINS = {
 PEACE: dict[str, Any] = {"kernels": False, "checkpointing": "host"}
 """Option of ours -> the value with which it fights nothing."""
 
+RATES = ("embedding_lr", "embedding_lr_scale")
+"""Axolotl's own keys for a learning rate of the embeddings."""
+
 _MARK = "_sloth_switch"
 
 
@@ -144,6 +147,10 @@ def _fights(cfg: Mapping[str, Any], config: SlothConfig) -> Iterator[Problem]:
         if getattr(config, ours) not in (PEACE[ours], ()):
             remedy = "Set it to true" if key == "gradient_checkpointing" else f"Remove `{key}`"
             yield Problem(key, cfg.get(key), _fight(cfg, config, ours, why, remedy))
+    for key in RATES if config.embedding_learning_rate is not None else ():
+        if cfg.get(key) is not None:
+            text = f"both set the learning rate of the embeddings. Remove `{key}`, or embedding_learning_rate"
+            yield Problem(key, cfg.get(key), f"{text} under `{OPTIONS}:`")
     for plugin, (prefix, why) in FIGHTING_PLUGINS.items() if config.kernels else ():
         named = [name for name in plugins_of(cfg) if name.rpartition(".")[2] == plugin]
         for key in sorted(key for key in cfg if str(key).startswith(prefix) and cfg.get(key)):

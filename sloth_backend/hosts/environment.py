@@ -6,7 +6,6 @@ Nothing of ``sloth_backend`` is imported until the switch is on: this runs in ev
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -20,24 +19,25 @@ OFF, ON = ("", "0", "false", "no", "off"), ("1", "true", "yes", "on", "sloth")
 """What the variable may hold, in any case, beside a mapping in JSON; Accelerate's own variables take such words."""
 
 
-def is_asked(environment: Mapping[str, str] = os.environ) -> bool:
+def is_asked() -> bool:
     """Whether the variable says anything but off; what it says may still be an error."""
-    return environment.get(VARIABLE, "").strip().lower() not in OFF
+    # Looked up by name each time: datasets puts another object in its place when it maps in several processes.
+    return os.environ.get(VARIABLE, "").strip().lower() not in OFF
 
 
-def from_environment(environment: Mapping[str, str] = os.environ) -> SlothConfig | None:
+def from_environment() -> SlothConfig | None:
     """The options that the variable asks for; None where it is off or not set.
 
     Raises:
         SlothConfigError: the value is neither a word for on or off nor a mapping of options in JSON.
     """
-    if not is_asked(environment):
+    if not is_asked():
         return None
     import json
 
     from sloth_backend.config import SlothConfig, SlothConfigError
 
-    value = environment[VARIABLE].strip()
+    value = os.environ[VARIABLE].strip()
     if value.lower() in ON:
         return SlothConfig()
     try:

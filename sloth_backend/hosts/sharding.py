@@ -27,7 +27,14 @@ def sharding_of(accelerator: Any) -> str | None:
 def spread(run: Run, accelerator: Any) -> Run:
     """``run`` with how accelerate will shard its model, and where that will move it."""
     sharding = sharding_of(accelerator)
-    return replace(run, sharding=sharding, moves_to=accelerator.device if sharding == "fsdp2" else None)
+    if sharding != "fsdp2":
+        return replace(run, sharding=sharding, gathers_as=None, moves_to=None)
+    return replace(run, sharding=sharding, gathers_as=_gathers_as(accelerator), moves_to=accelerator.device)
+
+
+def _gathers_as(accelerator: Any) -> Any:
+    """What FSDP2 casts gathered parameters to; None where it leaves them theirs."""
+    return getattr(accelerator.state.fsdp_plugin.mixed_precision_policy, "param_dtype", None)
 
 
 def sharding_problems(accelerator: Any, config: SlothConfig, model: nn.Module | None) -> list[str]:
@@ -39,14 +46,24 @@ def sharding_problems(accelerator: Any, config: SlothConfig, model: nn.Module | 
             "fsdp_config), or kernels=False among the options of the backend."
         ]
     if sharding != "fsdp2" or model is None:
-        return []
+        return [*_unreached(accelerator, config)]
     return [*_mangled(accelerator, model)]
+
+
+def _unreached(accelerator: Any, config: SlothConfig) -> Iterator[str]:
+    """DeepSpeed makes the optimizer that its JSON names by itself: nobody can give it groups."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if config.embedding_learning_rate is None or "optimizer" not in (getattr(plugin, "deepspeed_config", None) or ()):
+        return
+    yield (
+        "embedding_learning_rate has no effect on an optimizer that DeepSpeed makes: leave `optimizer` out of its "
+        "JSON, so that the host makes the one that it names, or leave embedding_learning_rate out."
+    )
 
 
 def _mangled(accelerator: Any, model: nn.Module) -> Iterator[str]:
     """FSDP2 casts floating parameters to the dtype that it computes in, packed 4-bit weights among them."""
-    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
-    computes = getattr(policy, "param_dtype", None)
+    computes = _gathers_as(accelerator)
     packed = {m.weight.dtype for m in model.modules() if type(m).__name__ == "Linear4bit"}
     for dtype in sorted(packed, key=str):
         if computes is not None and dtype.is_floating_point and dtype != computes:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sloth_backend.hosts.data import of_trainer, uncut
 from sloth_backend.hosts.sharding import sharding_problems, spread, take_over_checkpointing
 from sloth_backend.hosts.switch import add_keyword
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sloth_backend.config import SlothConfig
+    from sloth_backend.findings import Finding
     from sloth_backend.phases import Session
 
 FIGHTS = {
@@ -33,6 +35,8 @@ FIGHTS = {
 PEACE = {"kernels": False, "checkpointing": "host"}
 """Option of ours -> the value with which it fights nothing."""
 
+SAME_IDS = ("tokenizer.pad_token", "tokenizer.save_pretrained")
+"""What healing changes of a tokenizer without an effect on the ids of a text."""
 LOSS = "linear_cross_entropy"
 NEEDS = {"model", "args", "processing_class"}
 """Arguments that a trainer's ``__init__`` has to take."""
@@ -55,6 +59,7 @@ class Kind(NamedTuple):
         loading: further arguments of the loader.
         rows: rows of a pass for each example of a micro-batch: 2 where examples are pairs.
         length: the option that bounds the tokens of a row; None where nothing does.
+        collator_cuts: whether the collator cuts rows to that length, so that those of the data set are whole.
         reads_logits: why the model's own loss is never asked for; None where it is.
         seam: a context around phase C that settles who computes the loss.
     """
@@ -66,6 +71,7 @@ class Kind(NamedTuple):
     loading: Mapping[str, Any] = {}
     rows: int = 1
     length: str | None = None
+    collator_cuts: bool = False
     reads_logits: str | None = None
     seam: Callable[[Session, nn.Module, Any], AbstractContextManager[None]] = no_seam
 
@@ -96,13 +102,15 @@ def _construct(
     loaded = model if isinstance(model, torch.nn.Module) else None
     session = _begin(kind, loaded, call, config)
     try:
-        tokenizer = _mended(session, kind, original, call)
+        tokenizer = _mended(session, kind, original, call, loaded)
         if loaded is not None:
             _after_load(session, kind, loaded, tokenizer)
-        original(*call.args, **call.kwargs)
+        with uncut(trainer) as seen:
+            original(*call.args, **call.kwargs)
         if loaded is None:
             _after_load(session, kind, trainer.model, tokenizer)
         check_sharding(session, trainer)
+        phases.check_data(session, trainer.model, of_trainer(trainer, kind, seen), tokenizer)
         run = replace(session.run, optimizer_bytes=trainer_state_bytes(trainer))
         session.run = spread(run, trainer.accelerator)
         if _narrow(session, kind, trainer):
@@ -209,24 +217,39 @@ def _tokens_per_pass(kind: Kind, args: Any) -> int | None:
     return kind.rows * kind.setting(args, "per_device_train_batch_size") * -(-length // multiple) * multiple
 
 
-def _mended(session: Session, kind: Kind, original: Callable[..., None], call: inspect.BoundArguments) -> Any:
+def _mended(
+    session: Session, kind: Kind, original: Callable[..., None], call: inspect.BoundArguments, loaded: Any
+) -> Any:
     """Phase A on the tokenizer that the trainer will use; returns it."""
     from transformers import ProcessorMixin
 
     from sloth_backend import phases
-    from sloth_backend.findings import Finding
 
     given = call.arguments
     if kind.loader is not None and given.get("processing_class") is None:
         given["processing_class"] = _load_processor(kind, original, given.get("model"), given.get("args"))
     processor = given.get("processing_class")
     tokenizer: Any = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
-    if kind.loader is not None:
-        phases.before_data(session, tokenizer)
-    elif tokenizer is not None and session.run.config.heal_tokenizer:
-        reason = "the data were tokenised before the trainer saw them, so the tokenizer stays what it was then"
-        session.findings.append(Finding("skipped", "tokenizer", reason, "tokenizer_healing", kind.host))
-    return tokenizer if kind.loader is not None else None
+    if kind.loader is None and (tokenizer is None or not _is_causal_lm(loaded)):
+        return None  # what healing knows of end and padding is about texts that are continued
+    phases.before_data(session, tokenizer)
+    if kind.loader is None:
+        session.findings += _tokenised_before(session, kind)
+    return tokenizer
+
+
+def _tokenised_before(session: Session, kind: Kind) -> list[Finding]:
+    """Where a mend changes how texts are encoded: rows that come to the trainer tokenised are as they were."""
+    from sloth_backend.findings import Finding
+
+    mended = [f.subject for f in session.findings if f.action == "changed" and f.subject not in SAME_IDS]
+    if not mended:
+        return []
+    reason = (
+        f"{', '.join(mended)} changed after the rows were tokenised, which stay as they are: tokenise them with a copy "
+        "that `sloth heal MODEL_DIR --write OUT` mended"
+    )
+    return [Finding("warned", "train_dataset", reason, "tokenizer_healing", kind.host)]
 
 
 def _load_processor(kind: Kind, original: Callable[..., None], model: Any, args: Any) -> Any:

@@ -86,8 +86,8 @@ def _kind(name: str, loader: str, folder: str = "trl.trainer", **facts: Any) -> 
 KINDS = dict(
     (
         _kind("SFT", "AutoProcessor", length="max_length", seam=loss_seam),
-        _kind("DPO", "AutoProcessor", length="max_length", rows=2, reads_logits=LOGPROBS),
-        _kind("KTO", "AutoProcessor", length="max_length", reads_logits=LOGPROBS),
+        _kind("DPO", "AutoProcessor", length="max_length", collator_cuts=True, rows=2, reads_logits=LOGPROBS),
+        _kind("KTO", "AutoProcessor", length="max_length", collator_cuts=True, reads_logits=LOGPROBS),
         _kind("Reward", "AutoTokenizer", length="max_length", rows=2, reads_logits=SCORES),
         _kind("GRPO", "AutoProcessor", loading=LEFT, reads_logits=LOGPROBS),
         _kind("RLOO", "AutoProcessor", loading=LEFT, reads_logits=LOGPROBS),
