@@ -88,8 +88,8 @@ def watch_switches() -> None:
     original, needs = phases.before_train, accelerate._needs_session
 
     @functools.wraps(original)
-    def before_train(session: Any, model: Any, trainer: Any = None) -> None:
-        original(session, model, trainer)
+    def before_train(session: Any, model: Any, *args: Any, **options: Any) -> None:
+        original(session, model, *args, **options)
         changed = Counter(finding.capability for finding in session.report().of(action="changed"))
         record("switched on", phases.base_model(model), host=session.run.host, changed=dict(changed))
 

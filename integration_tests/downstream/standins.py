@@ -60,13 +60,21 @@ MODELS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     )
 }
 MODELS["Qwen/Qwen3-4B"] = MODELS["trl-internal-testing/tiny-Qwen3ForCausalLM"]
-_OPT_125M = {**_OPT, "num_hidden_layers": 12, "hidden_size": 32, "word_embed_proj_dim": 32}
+# 64 wide: blocks of bitsandbytes' 4-bit weights fill rows.
+_OPT_125M = {**_OPT, "num_hidden_layers": 12, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128}
+_OPT_350M = {**_OPT_125M, "num_hidden_layers": 4, "do_layer_norm_before": False}
+_BLOOM = {"hidden_size": 64, "n_head": 4}
 _GEMMA3 = {**_DENSE, "head_dim": 8, "sliding_window": 64}
 MODELS |= {
     name: (kind, sizes, None)
     for name, kind, sizes in (
         ("peft-internal-testing/tiny-random-OPTForCausalLM", "OPTForCausalLM", _OPT),
         ("peft-internal-testing/opt-125m", "OPTForCausalLM", _OPT_125M),
+        ("facebook/opt-125m", "OPTForCausalLM", _OPT_125M),
+        ("facebook/opt-350m", "OPTForCausalLM", _OPT_350M),
+        ("bigscience/bloomz-560m", "BloomForCausalLM", _BLOOM),
+        ("openai-community/gpt2", "GPT2LMHeadModel", {**_GPT2, "n_embd": 64}),
+        ("trl-internal-testing/tiny-random-LlamaForCausalLM", "LlamaForCausalLM", {**_DENSE, "hidden_size": 64}),
         ("peft-internal-testing/tiny-random-gpt2", "GPT2LMHeadModel", _GPT2),
         ("peft-internal-testing/tiny-random-GPT2LMHeadModel", "GPT2LMHeadModel", _GPT2),
         ("hf-internal-testing/tiny-random-gpt2", "GPT2LMHeadModel", _GPT2),
@@ -207,6 +215,7 @@ DATASETS = {
     "stanfordnlp/imdb": lambda config: [{**row, "label": 0} for row in _rows(None)],
     "wikitext": lambda config: _rows(None) * 8,
     "Salesforce/wikitext": lambda config: _rows(None) * 8,
+    "Abirate/english_quotes": lambda config: [{"quote": row["text"]} for row in _rows(None)],
     "ybelkada/english_quotes_copy": lambda config: [{"quote": row["text"]} for row in _rows(None)],
 }
 """Name on the hub -> rows of one of its configurations."""

@@ -44,6 +44,9 @@ class Suite:
 OTHER_LORAS = (
     "adalora or vblora or randlora or xlora or bdlora or gralora or tinylora or glora or unilora or monteclora"
 )
+NOT_LORA = "vera or ia3 or road or hira or adaption_prompt or p_tuning or prefix or arrow or hotswap"
+NOT_BNB = "gptq or torchao or eetq or hqq or awq or aqlm or multi_gpu or seq2seq or t5 or audio or offload"
+"""Other methods, other quantisers, and models that are no causal language models."""
 LORA = f"(loraconfig or test_lora or test_target_parameters) and not ({OTHER_LORAS})"
 """pytest compares without case; file names count too."""
 
@@ -71,7 +74,7 @@ SUITES = {
         "peft",
         "huggingface/peft",
         ("tests/test_common_gpu.py", "tests/test_gpu_examples.py"),
-        keyword="(lora or 4bit or 8bit) and not gptq and not multi_gpu",
+        keyword=f"(bnb or 4bit or 8bit) and not ({OTHER_LORAS} or {NOT_LORA}) and not ({NOT_BNB})",
         bare=True,
         device="cuda",
     ),

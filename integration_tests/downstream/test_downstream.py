@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ from typing import Any
 import pytest
 
 from integration_tests import child
+from integration_tests.docs.snippets import blocks
 from integration_tests.downstream import run as runner
 from integration_tests.downstream.plugin import summary
 from integration_tests.downstream.suites import Suite
 
 LLAMA = """
-import pytest
 import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -39,6 +40,9 @@ def test_bare():
     model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
 """
 NOTHING = """
+import torch
+from accelerate import Accelerator
+
 def test_nothing():
     assert Accelerator(cpu=True).prepare(torch.nn.Linear(2, 2)).in_features == 2
 """
@@ -47,9 +51,11 @@ def test_nothing():
 @pytest.fixture(autouse=True)
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The entry point that switches hosts is this repository's in the processes that a test starts."""
-    folder = tmp_path / "metadata"
-    folder.mkdir()
-    monkeypatch.setenv("PYTHONPATH", child.environment(folder)["PYTHONPATH"])
+    folders = [tmp_path / name for name in ("metadata", "lean")]
+    for folder in folders:
+        folder.mkdir()
+    environment = child.without_optional(child.environment(folders[0]), folders[1])
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # without it no stand-ins are written
 
 
@@ -79,7 +85,7 @@ def test_modes(tmp_path: Path) -> None:
 
 def test_a_run_in_which_nothing_is_switched_on_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_suite.py").write_text(LLAMA + NOTHING)
+    (tmp_path / "tests" / "test_suite.py").write_text(NOTHING)
     monkeypatch.setitem(runner.SUITES, "fake", Suite("accelerate", "nobody/nothing", ("tests/test_suite.py",)))
     written = tmp_path / "out.json"
     arguments = ["fake", "--mode", "on", "--source", str(tmp_path), "--json", str(written)]
@@ -88,6 +94,16 @@ def test_a_run_in_which_nothing_is_switched_on_fails(tmp_path: Path, monkeypatch
     assert found["problems"] == ["on: nothing was changed on any model (0 switched on)"]
     assert found["counts"] == {"on": {"passed": 1}}
     assert found["left_alone"] == {"Linear": 1}
+
+
+def test_the_documented_commands_are_understood() -> None:
+    """What make hands on as ARGS, and what is said without make."""
+    page = next(block for block in blocks("docs/downstream.md") if block.language == "bash")
+    for line in page.commands:
+        words = shlex.split(line)
+        arguments = shlex.split(words[-1].removeprefix("ARGS=")) if words[0] == "make" else words[3:]
+        options = runner._parser().parse_args([] if arguments == ["downstream"] else arguments)
+        assert set(options.suites) <= runner.SUITES.keys(), line
 
 
 def test_failures_are_told_apart() -> None:

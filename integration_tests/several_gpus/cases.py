@@ -5,6 +5,8 @@ Every process runs all cases it is given, one after the other, and the first one
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import json
 import os
 import sys
@@ -14,16 +16,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import accelerate.accelerator
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, set_seed
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import sloth_backend
 from integration_tests import tiny
+from integration_tests.several_gpus import zero
 from sloth_backend import autoload
 from sloth_backend.phases import base_model
 from sloth_plugins.program_layers import planner_of
@@ -33,6 +40,8 @@ autoload.install()
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DECODER_LAYER = "LlamaDecoderLayer"
 PASS_WITHOUT_MEMORY = 2
+LIMIT = 290
+"""Seconds that all cases together may take."""
 
 
 @dataclass
@@ -42,7 +51,7 @@ class Case:
     Attributes:
         name: of the files that tell what came of it.
         host: ``loop`` (accelerate), ``sft`` (TRL) or ``trainer`` (transformers).
-        strategy: ``none`` (one process), ``ddp`` or ``fsdp2``.
+        strategy: ``none`` (one process), ``ddp``, ``fsdp2`` or ``zero-1`` to ``zero-3``.
         method: ``full``, ``lora`` or ``qlora``.
         backend: whether ours is on.
         accumulation: passes of a process for a step.
@@ -56,6 +65,8 @@ class Case:
         short_of_memory: process whose device runs out of memory in its second pass; -1 for none.
         lengths: words of each row, over and over; none for sentences of 4 to 12.
         device: ``cpu`` or ``cuda``.
+        head_apart: whether the head is an FSDP2 unit that stays gathered, as accelerate 1.15 has it.
+        loaded: whether transformers loads the model from a folder, sharded from the start where ZeRO-3 is on by then.
     """
 
     name: str
@@ -74,6 +85,19 @@ class Case:
     short_of_memory: int = -1
     lengths: list[int] = field(default_factory=list)
     device: str = "cpu"
+    head_apart: bool = False
+    loaded: bool = False
+
+    @property
+    def zero(self) -> int:
+        """DeepSpeed's stage; 0 where it is not on."""
+        return zero.stage_of(self.strategy)
+
+    @property
+    def packed(self) -> torch.dtype:
+        """What a model with 4-bit weights is loaded in, and these are packed as: the dtype that FSDP2 computes in."""
+        half = self.options.get("bf16") or self.options.get("mixed_precision") == "bf16"
+        return torch.bfloat16 if half else torch.float32
 
 
 def make_model(case: Case, tokenizer: Any) -> Any:
@@ -81,21 +105,27 @@ def make_model(case: Case, tokenizer: Any) -> Any:
     # bitsandbytes' kernels for CPUs take no rows shorter than a block.
     sizes = {"hidden_size": 64, "intermediate_size": 128} if case.method == "qlora" else {}
     model = tiny.make_model(tokenizer, tie_word_embeddings=False, **sizes)
+    if case.loaded:
+        model = zero.loaded(model)
     if case.method == "full":
         return model
     if case.method == "qlora":
-        model = quantized(model, case.device)
+        model = quantized(model.to(dtype=case.packed), case.device, case.packed)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS, init_lora_weights=False, task_type="CAUSAL_LM")
     torch.manual_seed(1)
-    model = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    base: Any = model
+    model = get_peft_model(base, config)
+    if case.method == "qlora" and case.host == "sft" and case.packed == torch.float32:
+        # TRL would round the adapters to bf16, and what is compared is float32.
+        base.is_loaded_in_4bit = False
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data * 0.1
     return model
 
 
-def quantized(model: Any, device: str = "cpu") -> Any:
-    """Its linears in NF4, packed into the dtype of everything else, as FSDP needs it."""
+def quantized(model: Any, device: str = "cpu", packed: torch.dtype = torch.float32) -> Any:
+    """Its linears in NF4, packed as a dtype that FSDP does not cast."""
     from bitsandbytes.nn import Linear4bit
 
     for layer in model.model.layers:
@@ -106,14 +136,14 @@ def quantized(model: Any, device: str = "cpu") -> Any:
                         linear.in_features,
                         linear.out_features,
                         bias=False,
-                        compute_dtype=torch.float32,
+                        compute_dtype=packed,
                         quant_type="nf4",
-                        quant_storage=torch.float32,
+                        quant_storage=packed,
                     )
                     new.weight.data = linear.weight.data
                     setattr(parent, name, new.to(device))
     model.is_loaded_in_4bit = True
-    return model
+    return model.to(device)  # a checkpoint would be loaded there as a whole
 
 
 def make_accelerator(case: Case) -> Accelerator:
@@ -131,6 +161,8 @@ def make_accelerator(case: Case) -> Accelerator:
                 **case.fsdp,
             }
         )
+    if case.zero:
+        return Accelerator(deepspeed_plugin=zero.plugin(case.zero, case.accumulation), **case.options)
     on_cpu = case.device == "cpu"
     return Accelerator(cpu=on_cpu, gradient_accumulation_steps=case.accumulation, fsdp_plugin=plugin, **case.options)
 
@@ -140,9 +172,19 @@ def _reset(case: Case) -> None:
     GradientState._reset_state()
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
+    unset_hf_deepspeed_config()
+    if case.zero:
+        zero.prepare_for_cpus()
+        return
     PartialState(cpu=case.device == "cpu")
     if case.strategy == "fsdp2" and case.device == "cpu":
         _shard_on_cpus(torch.device("cpu"))
+
+
+def _load_to_cpus() -> None:
+    """Transformers loads the states of several processes to ``cpu:0``, a place that PyTorch does not know by name."""
+    known = lambda storage, location: storage if location.startswith("cpu:") else None
+    torch.serialization.register_package(100, lambda storage: None, known)
 
 
 def _shard_on_cpus(device: torch.device) -> None:
@@ -172,16 +214,22 @@ def loop(case: Case, folder: Path) -> dict[str, Any]:
     # Adam would make steps of one size of gradients that are next to nothing and differ by roundings.
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
     count = case.steps * case.accumulation * accelerator.num_processes
-    model, optimizer, batches = accelerator.prepare(model, optimizer, batches_of(tokenizer, count))
+    whole = {name: StorageWeakRef(p.untyped_storage()) for name, p in model.named_parameters()}
+    assert not any(storage.expired() for storage in whole.values())
+    with sharding_the_head_apart(case.head_apart):
+        model, optimizer, batches = accelerator.prepare(model, optimizer, batches_of(tokenizer, count))
+    gc.collect()
+    held = [name for name, storage in whole.items() if not storage.expired()]
     if case.resume:
         accelerator.load_state(case.resume)
     if case.short_of_memory >= 0:
         run_out_of_memory(case, model)
-    losses, step = [], 0
+    losses, step, logits = [], 0, ""
     model.train()
     for batch in batches:
         with accelerator.accumulate(model):
-            loss = model(**batch).loss
+            outputs = model(**batch)
+            loss, logits = outputs.loss, type(outputs.logits).__name__
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -191,7 +239,25 @@ def loop(case: Case, folder: Path) -> dict[str, Any]:
         step += accelerator.sync_gradients
         if case.save_at and accelerator.sync_gradients and step == case.save_at:
             accelerator.save_state(str(folder / case.name))
-    return {"losses": losses, "model": model, "evaluation": evaluated(accelerator, model, tokenizer)}
+    evaluation = evaluated(accelerator, model, tokenizer)
+    return {"losses": losses, "model": model, "evaluation": evaluation, "logits": logits, "held": held}
+
+
+@contextmanager
+def sharding_the_head_apart(wanted: bool) -> Iterator[None]:
+    """Have accelerate find the head sharded already when it shards the model."""
+    original = accelerate.accelerator.fsdp2_prepare_model
+
+    def prepare(accelerator: Any, model: Any) -> Any:
+        policy = accelerator.state.fsdp_plugin.mixed_precision_policy or MixedPrecisionPolicy()
+        fully_shard(model.get_output_embeddings(), reshard_after_forward=False, mp_policy=policy)
+        return original(accelerator, model)
+
+    accelerate.accelerator.fsdp2_prepare_model = prepare if wanted else original
+    try:
+        yield
+    finally:
+        accelerate.accelerator.fsdp2_prepare_model = original
 
 
 def evaluated(accelerator: Any, model: Any, tokenizer: Any) -> list[float]:
@@ -229,6 +295,8 @@ def trained(case: Case, folder: Path) -> dict[str, Any]:
     if case.strategy == "fsdp2":
         options |= {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [DECODER_LAYER]}}
         options["fsdp_config"] |= case.fsdp
+    if case.zero:
+        options |= {"use_cpu": False, "deepspeed": zero.trainer_options(case.zero)}
     if case.save_at:
         options |= {"save_strategy": "steps", "save_steps": case.save_at}
     rows = 2 * case.steps * case.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
@@ -263,8 +331,8 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-            found[name.removeprefix("module.")] = whole.detach().cpu().clone()
+            whole = parameter.full_tensor().detach() if hasattr(parameter, "full_tensor") else zero.whole(parameter)
+            found[name.removeprefix("module.")] = whole.cpu()
     return found
 
 
@@ -315,7 +383,9 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the cases of the folder given as the one argument."""
+    """Run the cases of the folder given as the one argument; a process that waits for ever says where, and ends."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    _load_to_cpus()
     folder = Path(sys.argv[1])
     rank = int(os.environ.get("RANK", "0"))
     for number, options in enumerate(json.loads((folder / "cases.json").read_text())):

@@ -1,8 +1,9 @@
-"""Cases under torchrun, two processes on the CPU over gloo."""
+"""Cases in two processes, on the CPU over gloo or on GPUs under torchrun."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from integration_tests.child import ROOT
+from integration_tests import child
 from integration_tests.several_gpus.cases import Case, described
 
+SCRIPT = "from integration_tests.several_gpus import cases; cases.main()"
 TIMEOUT = 300
 """Seconds after which processes that wait for each other have failed."""
 
@@ -25,6 +27,10 @@ class Outcome(NamedTuple):
     report: dict[str, Any]
     collectives: dict[str, int]
     evaluation: list[float]
+    logits: str = ""
+    """Type of the logits that a training pass gave."""
+    held: list[str] | None = None
+    """The parameters whose memory from before they were sharded was still there afterwards; of a loop."""
 
     def changed(self, capability: str) -> list[str]:
         """Subjects of its findings that say that something was changed."""
@@ -42,18 +48,37 @@ def launch(cases: list[Case], folder: Path, processes: int = 2) -> dict[str, lis
     """Name of each case -> what came of it in each process."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(described(cases))
+    (_fork if all(case.device == "cpu" for case in cases) else _torchrun)(folder, processes)
+    return {case.name: [_read(folder / f"{case.name}.{rank}.pt") for rank in range(processes)] for case in cases}
+
+
+def _fork(folder: Path, processes: int) -> None:
+    """With the variables that torchrun sets; most of the seconds of its processes would go into imports."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    starts = (child.Start(SCRIPT, (folder,), {**shared, **rank}, folder=folder) for rank in ranks)
+    done = child.fork(*starts, timeout=TIMEOUT)
+    failed = [process.stderr[-6000:] for process in done if process.returncode]
+    assert not failed, "\n".join(failed)
+
+
+def _torchrun(folder: Path, processes: int) -> None:
     torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc_per_node", str(processes), "-m", "integration_tests.several_gpus.cases", str(folder)]
-    roots = [str(ROOT), str(ROOT / "plugins"), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]
+    torchrun += ["--local-addr", "127.0.0.1", "--nproc_per_node", str(processes)]
+    command = [*torchrun, "-m", "integration_tests.several_gpus.cases", str(folder)]
+    roots = [str(child.ROOT / name) for name in (".", "plugins", "kernels")]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, roots)),
+        "PYTHONPATH": os.pathsep.join(filter(None, [*roots, os.environ.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr[-12000:]
-    return {case.name: [_read(folder / f"{case.name}.{rank}.pt") for rank in range(processes)] for case in cases}
 
 
 def _read(path: Path) -> Outcome:

@@ -14,6 +14,7 @@ from integration_tests.several_gpus.same import assert_equal_in_all_processes, a
 METHODS = ["full", "lora", "qlora"]
 GATHERS = "c10d::_allgather_base_"
 SHARDED: dict[str, Any] = {"strategy": "fsdp2", "steps": 2}
+HALF: dict[str, Any] = {**SHARDED, "host": "trainer", "options": {"bf16": True}}
 SFT = {**SHARDED, "host": "sft", "method": "lora", "counted": True}
 
 
@@ -37,8 +38,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
         Case("again full", strategy="fsdp2", steps=0, resume=str(folder / "ours full")),
         Case("from one process", fsdp={"cpu_ram_efficient_loading": True}, **SHARDED),
         Case("checkpointed", fsdp={"activation_checkpointing": True}, **SHARDED),
+        Case("head apart", head_apart=True, **SHARDED),
         Case("sft", **SFT),
         Case("sft stock", backend=False, **SFT),
+        Case("half", **HALF),
+        Case("half stock", backend=False, **HALF),
     ]
     return launch(cases, folder)
 
@@ -70,6 +74,14 @@ def test_sft_gathers_once_a_step(found: dict[str, list[Outcome]]) -> None:
         assert 0 < ours.collectives[GATHERS] < stock.collectives[GATHERS]
 
 
+def test_a_trainer_in_bfloat16(found: dict[str, list[Outcome]]) -> None:
+    """FSDP2 casts what a model returns: losses, and logits that nobody has computed."""
+    ours, stock = found["half"], found["half stock"]
+    assert len(ours[0].changed("layer_program")) == 2
+    assert ours[0].losses == pytest.approx(stock[0].losses, rel=2**-7)
+    assert_equal_in_all_processes(ours)
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_what_was_saved_comes_back(method: str, found: dict[str, list[Outcome]]) -> None:
     saved, again = found[f"ours {method}"][0], found[f"again {method}"][0]
@@ -80,6 +92,18 @@ def test_what_was_saved_comes_back(method: str, found: dict[str, list[Outcome]])
 
 def test_weights_that_one_process_hands_out(found: dict[str, list[Outcome]]) -> None:
     assert_same(found["from one process"][0], found["stock full"][0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_keeps_a_whole_weight_once_it_is_sharded(method: str, found: dict[str, list[Outcome]]) -> None:
+    """Before the first pass, which is where the memory plan looks at what is left of the device."""
+    assert found[f"stock {method}"][0].held == found[f"ours {method}"][0].held == []
+
+
+def test_a_head_that_is_gathered_by_itself(found: dict[str, list[Outcome]]) -> None:
+    """It stays until its backward, so that logits are put off as ever, and its gradient is reduced."""
+    assert found["head apart"][0].logits == "LazyLogits"
+    assert_same(found["head apart"][0], found["stock full"][0])
 
 
 def test_layers_are_not_checkpointed_again(found: dict[str, list[Outcome]]) -> None:

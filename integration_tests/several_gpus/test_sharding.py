@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,12 +21,14 @@ from sloth_plugins.program_layers import planner_of
 NONE = SlothConfig(kernels=False)
 
 
-def accelerator(kind: str = "FSDP", version: int = 2, computes: Any = None, stage: int = 3) -> Any:
+def accelerator(
+    kind: str = "FSDP", version: int = 2, computes: Any = None, stage: int = 3, json: dict[str, Any] | None = None
+) -> Any:
     """What the adapters ask of an Accelerator."""
     policy = SimpleNamespace(param_dtype=computes)
     state = SimpleNamespace(
         fsdp_plugin=SimpleNamespace(mixed_precision_policy=policy, activation_checkpointing=True),
-        deepspeed_plugin=SimpleNamespace(zero_stage=stage),
+        deepspeed_plugin=SimpleNamespace(zero_stage=stage, deepspeed_config=json or {}),
     )
     return SimpleNamespace(distributed_type=SimpleNamespace(name=kind), state=state, is_fsdp2=version == 2)
 
@@ -51,6 +53,14 @@ def test_packed_weights_that_a_cast_would_destroy() -> None:
         assert sharding_problems(accelerator(computes=computes), SlothConfig(), model) == []
 
 
+def test_a_rate_that_deepspeed_s_own_optimizer_would_not_get() -> None:
+    rate, own = SlothConfig(embedding_learning_rate=1e-5), accelerator("DEEPSPEED", json={"optimizer": {}})
+    (problem,) = sharding_problems(own, rate, None)
+    assert "leave `optimizer` out" in problem
+    assert sharding_problems(own, SlothConfig(), None) == []
+    assert sharding_problems(accelerator("DEEPSPEED"), rate, None) == []
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_parameters_gathered_module_by_module(method: str) -> None:
     """Modules still run on their ops; what would read the parameters of others says that it steps aside."""
@@ -63,6 +73,21 @@ def test_parameters_gathered_module_by_module(method: str) -> None:
     assert aside == {"layer_program", "linear_cross_entropy"} | ({"lora"} if method == "lora" else set())
     assert not any(report.of(action="changed", capability=capability) for capability in aside)
     assert report.of(action="changed", capability="rms_norm")
+
+
+def test_parameters_partitioned_before_they_are_looked_at() -> None:
+    """What transformers loads under ZeRO-3: each parameter is empty and knows its shape."""
+    model = make_model(Case("loaded"), tiny.make_tokenizer())
+    for parameter in model.parameters():
+        cast("Any", parameter).ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    session = phases.begin(Run("user", SlothConfig(print_report=False), sharding=BY_MODULE), model)
+    phases.before_train(session, model)
+    report = sloth_backend.report(model)
+    assert len(report.of(action="changed", capability="rms_norm")) == 5
+    assert not report.of(action="skipped", capability="rms_norm")
+    (documents,) = report.of(capability="documents")
+    assert documents.action == "skipped"
+    assert "spread over processes already" in documents.reason
 
 
 def test_checkpointing_that_some_layers_still_need() -> None:
