@@ -35,6 +35,7 @@ OURS = {
     "_glu_forward_kernel": "gated activation",
     "_glu_backward_kernel": "gated activation",
     "_glu_low_rank_backward_kernel": "gated activation",
+    "_glu_contractions_kernel": "gated activation",
     "_adam_8bit_kernel": "optimizer",
     "_adam_32bit_kernel": "optimizer",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from integration_tests.benchmarks.training import (
     contenders,
     judge,
+    loading,
     measure,
     models,
     profile_step,
@@ -22,6 +24,7 @@ from integration_tests.benchmarks.training import (
     run,
 )
 from integration_tests.benchmarks.training import workloads as work
+from integration_tests.benchmarks.training.contenders import CONTENDERS
 from sloth_backend.budget import SPARE_SHARE
 
 TRAINED = ("full", "finetune", "ctx")
@@ -160,7 +163,7 @@ def test_contenders_are_interleaved_and_the_truth_runs_once() -> None:
     order = [(j.workload, j.round, j.contender) for j in todo]
     assert order[:5] == [("full", 0, name) for name in who] + [("full", 1, "stock"), ("full", 1, "sloth")]
     points = {j.contender: j.points for j in todo if j.workload == "ctx"}
-    assert points["stock-fp32"] == ((1, 4096), (1, 8192), (1, 16384))
+    assert points["stock-fp32"] == ((1, 4096), (1, 8192), (1, 16384), (1, 32768))
     assert len(points["stock"]) == 5
 
 
@@ -241,6 +244,22 @@ def test_unknown_names_are_refused_with_the_known_ones(parse: object) -> None:
         parse("fulll")  # type: ignore[operator]
 
 
+def test_the_truth_computes_what_stock_does(written: Path) -> None:
+    """Beside rounding, also where its products are TF32: which a CPU has not, so only the setting is looked at."""
+    ids = torch.arange(2 * 33).view(2, 33)
+    folder = written / models.folder_name("llama-1b", False, True)
+    stock, truth = (loading.base_model(CONTENDERS[name], folder).float() for name in ("stock", "stock-fp32"))
+    with torch.no_grad():
+        torch.testing.assert_close(truth(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
+        loading.multiply_in_tf32(truth)
+        during: list[str] = []
+        truth.model.rotary_emb.register_forward_pre_hook(lambda *_: during.append(torch.get_float32_matmul_precision()))
+        truth(ids)
+    found = during[0], torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    assert found == ("highest", "high")
+
+
 def test_adapters_start_alike_whatever_the_generator_says(written: Path) -> None:
     from peft import get_peft_model
 
@@ -302,3 +321,12 @@ def test_alpaca_s_lengths() -> None:
     sizes = rows.lengths(workload, (2, 2048), 2000)
     assert sorted(sizes)[1000] == pytest.approx(95, abs=6)
     assert [len(row) for row in rows.token_rows(workload, (2, 2048), 128256)] == sizes[: 8 * workload.steps]
+
+
+def test_frequencies_fall_as_one_over_the_rank() -> None:
+    ids = rows.zipf_ids(torch.Generator().manual_seed(0), (1_000_000,), 128256)
+    assert rows.FIRST_ID == int(ids.min()) <= int(ids.max()) < rows.LAST_ID
+    share = torch.bincount(ids)[rows.FIRST_ID :] / len(ids)
+    among = math.log(rows.LAST_ID - rows.FIRST_ID)
+    for rank in (1, 2, 10):
+        assert float(share[rank - 1]) == pytest.approx(math.log1p(1 / rank) / among, rel=0.03)

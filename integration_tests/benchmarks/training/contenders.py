@@ -11,7 +11,7 @@ from integration_tests.benchmarks.training.workloads import Point, Workload
 
 DRIVER_GIB = 0.6
 """What the driver takes of a card before any tensor; the rest is the allocator's."""
-TRUTH_TOKENS = 16384
+TRUTH_TOKENS = 32768
 """Of one pass in float32 of a plain loop."""
 
 

@@ -14,7 +14,7 @@ import torch
 from integration_tests.benchmarks.training.workloads import Point, Workload
 
 FIRST_ID, LAST_ID = 3, 100_000
-"""Random ids, above the special tokens."""
+"""Ids of rows, above the special tokens."""
 MEAN_TOKENS = 110
 """Of a row of Alpaca's lengths."""
 ADAPTER = re.compile(r"layers\.\d+\..*\.lora_([AB])\b.*weight$")
@@ -37,9 +37,18 @@ def token_rows(workload: Workload, point: Point, vocab: int) -> list[list[int]]:
     """The rows of all steps, in the order of training."""
     source = torch.Generator().manual_seed(0)
     count = row_count(workload, point)
-    last = min(vocab, LAST_ID)
-    sizes = lengths(workload, point, count)
-    return [torch.randint(FIRST_ID, last, (size,), generator=source).tolist() for size in sizes]
+    return [zipf_ids(source, (size,), vocab).tolist() for size in lengths(workload, point, count)]
+
+
+def zipf_ids(source: torch.Generator, shape: tuple[int, ...], vocab: int) -> torch.Tensor:
+    """Ids whose frequencies fall as one over their rank, as words' do (Zipf's law).
+
+    Rows that are new in every step still share them, so that there is something to learn: a contender with wrong
+    gradients falls behind. Of equally frequent ids nothing can be learned, and every loss stays where it was.
+    """
+    count = min(vocab, LAST_ID) - FIRST_ID
+    ranks = torch.rand(shape, generator=source, dtype=torch.float64).mul_(math.log(count)).exp_()
+    return ranks.to(torch.int64).clamp_(max=count) + (FIRST_ID - 1)
 
 
 def tokens_per_step(workload: Workload, point: Point) -> float:
