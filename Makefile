@@ -60,15 +60,15 @@ format: $(TEST_ENV)
 imports: $(TEST_ENV)
 	$(PY) -c 'from importlinter.cli import lint_imports_command as lint; lint()'
 types: $(TEST_ENV)
-	$(PY) -m pyright $(if $(VENV),--pythonpath $(VENV)/bin/python)
+	$(PY) -m pyright --pythonpath "$(if $(VENV),$(VENV)/bin/python,$(shell command -v $(PYTHON)))"
 kernels: $(TEST_ENV)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not gpu" integration_tests/ops
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not gpu" integration_tests/sameness \
-	  -k "full and float32 and (llama or gemma2 or phi3 or ernie4_5)"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not gpu" \
+	  integration_tests/sameness/test_sameness.py integration_tests/ops \
+	  -k "not test_sameness or full and float32 and (llama or gemma2 or phi3 or ernie4_5)"
 suite: $(TEST_ENV)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not gpu and not slow" integration_tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "not gpu and not slow" integration_tests
 test-slow: $(TEST_ENV)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "slow and not gpu" integration_tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile -m "slow and not gpu" integration_tests
 
 gpu-test: $(TEST_ENV)
 	$(PY) -m pytest -m gpu integration_tests $(ARGS)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "sloth", "hangs", "eats", "leaves", "sleeps"]
+LAYERS = ["model.layers.0", "model.layers.1"]
 SPECIAL_TOKENS = ["<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -61,7 +62,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **overrides: A
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return LlamaForCausalLM(LlamaConfig(**{**options, **overrides}))
+    model = LlamaForCausalLM(LlamaConfig(**{**options, **overrides}))
+    if "<|im_end|>" in (tokenizer.chat_template or ""):  # what ends an answer ends generation
+        model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id]
+    return model
 
 
 def save(folder: Path, **overrides: Any) -> Path:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import typer
 
+from integration_tests import child
+from integration_tests.docs.snippets import Block, blocks
 from sloth_backend import SlothConfig, cli, hookspecs
 
 ROOT = Path(__file__).parents[2]
@@ -53,10 +53,11 @@ def commands() -> dict[str, typer.models.CommandInfo]:
 
 
 def options(name: str) -> set[str]:
-    """All spellings of a command's options, ``--help`` left out."""
+    """All spellings of a command's options, ``--help`` and arguments left out."""
     group = typer.main.get_command(cli.app)
     command = group.commands[name]  # pyright: ignore[reportAttributeAccessIssue]
-    return {spelling for p in command.params for spelling in [*p.opts, *p.secondary_opts]} - {"--help"}
+    spellings = {spelling for p in command.params for spelling in [*p.opts, *p.secondary_opts]}
+    return {spelling for spelling in spellings if spelling.startswith("-")} - {"--help"}
 
 
 def test_every_hook_has_a_section_and_every_section_a_hook() -> None:
@@ -178,6 +179,9 @@ def tracked_top_level() -> set[str]:
     return {line.split("/")[0] for line in done.stdout.splitlines()}
 
 
+RUN = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+
+
 def runnable(path: Path) -> str:
     """The page's ``python`` blocks at their own line numbers, everything else left blank."""
     code, result = False, []
@@ -194,11 +198,36 @@ def test_python_blocks_run_in_order(path: Path, tmp_path: Path) -> None:
     """Each page is one program; blocks that are not meant to run are fenced as ``py``."""
     script = tmp_path / f"{path.stem.replace('-', '_')}.py"
     script.write_text(runnable(path), encoding="utf-8")
-    roots = [str(ROOT / name) for name in (".", "plugins", "kernels")]
-    inherited = filter(None, [os.environ.get("PYTHONPATH")])
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([*roots, *inherited]), "HF_HUB_OFFLINE": "1"}
-    env["TRITON_INTERPRET"] = "1"
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-    )
+    variables = {"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
+    (done,) = child.fork(child.Start(RUN, (script,), variables, (str(tmp_path),), tmp_path))
     assert done.returncode == 0, done.stderr
+
+
+def run_by_tests(helper: str, page: str) -> list[str]:
+    """How the snippets of a page begin that tests ask ``snippets`` for."""
+    call = re.compile(rf"""\b{helper}\(\s*"{re.escape(page)}", (?:"([^"]+)"|'([^']+)')""")
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "integration_tests").rglob("*.py"))
+    return [double or single for source in sources for double, single in call.findall(source)]
+
+
+def needs_a_test(block: Block) -> bool:
+    """Commands, configurations, and Python that is not run where it stands; not the output of something."""
+    return block.language in ("bash", "yaml", "py")
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("hosts*.md"))], ids=page_id)
+def test_every_snippet_of_a_host_is_run_by_a_test(path: Path) -> None:
+    page = page_id(path)
+    wanted = [block for block in blocks(page) if needs_a_test(block)]
+    for block in wanted:
+        bash = block.language == "bash"
+        begins = tuple(run_by_tests("command" if bash else "snippet", page))
+        missing = [text for text in (block.commands if bash else [block.text]) if not text.startswith(begins)]
+        assert not missing, f"{page}: no test runs {missing}"
+
+
+def test_the_first_screen_of_the_readme_shows_the_three_switches() -> None:
+    """Within the first 40 lines: what fits a screen."""
+    first = "\n".join(read("README.md").splitlines()[:40])
+    switches = ("use_unsloth: true", "SLOTH_BACKEND=1 accelerate launch", "trl sft --backend sloth", 'backend="sloth"')
+    assert [switch for switch in switches if switch not in first] == []

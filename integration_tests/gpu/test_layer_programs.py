@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from integration_tests.plugins.layer_programs.common import (
 )
 from sloth_backend.budget import CONTEXT_BYTES, GIB, SPARE_SHARE
 from sloth_backend.plan import Costs, MemoryPlan
+from sloth_kernels import glu_contractions
 from sloth_plugins.layer_programs import planner
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -136,6 +137,45 @@ def test_numbers(mode: str, small: Small) -> None:
     assert_right(small, memory=mode)
 
 
+def under_autocast(model: Any, batches: list[dict[str, torch.Tensor]]) -> Results:
+    """Trained in bf16, as trainers do: a weight and its adapters are one product where a dense copy is kept."""
+    with torch.autocast("cuda", torch.bfloat16):
+        return train(model, batches)
+
+
+@pytest.mark.parametrize("cached", [0, 2, 4])
+def test_numbers_where_some_layers_keep_dense_weights(
+    cached: int, small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers with and without them take other ways to the same numbers, in one process with stock."""
+
+    def some(costs: Costs, *rest: Any) -> MemoryPlan:
+        return MemoryPlan(tuple(levels[0] for levels in costs.layers), cached_layers=cached)
+
+    choose_by(some, monkeypatch)
+    stock = under_autocast(copy.deepcopy(small.model), small.batches)
+    mine = switched_on(copy.deepcopy(small.model))
+    assert not reasons(mine)
+    assert_numbers(under_autocast(mine, small.batches), stock, small.truth)
+
+
+def test_products_inside_the_gated_unit(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast adapters compute in bfloat16, as the dense copies of their weights do."""
+    asked, original = [], glu_contractions.backward
+
+    def noted(dh: Any, gate: Any, up: Any, variant: str, gate_t: Any, up_t: Any, with_h: bool, last: bool) -> Any:
+        asked.append((gate_t is not None, up_t is not None, with_h))
+        return original(dh, gate, up, variant, gate_t, up_t, with_h, last)
+
+    monkeypatch.setattr(glu_contractions, "backward", noted)
+    mine = switched_on(copy.deepcopy(small.model), memory="fastest")
+    assert not reasons(mine)
+    ours, stock = (under_autocast(model, small.batches) for model in (mine, copy.deepcopy(small.model)))
+    assert_numbers(ours, stock, small.truth)
+    layers = mine.config.num_hidden_layers
+    assert asked[:layers] == [(True, True, True)] * layers
+
+
 def test_dropout_draws_the_same_masks_in_every_mode(small: Small) -> None:
     """Masks are drawn again where values are computed again; a dense copy kept changes roundings alone."""
     dropping, results = build(4, 512, lora_dropout=0.1), []
@@ -148,6 +188,12 @@ def test_dropout_draws_the_same_masks_in_every_mode(small: Small) -> None:
         assert (fastest[name] - least[name]).norm() <= TOLERANCE * fastest[name].norm(), name
 
 
+def choose_by(choice: Callable[..., MemoryPlan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan every pass by ``choice``, also where all of it could be kept."""
+    monkeypatch.setattr(planning, "choose", choice)
+    monkeypatch.setattr(planner.Planner, "_all_kept", lambda *pass_: None)
+
+
 @pytest.mark.parametrize("which", [0, -1], ids=["all_kept", "nothing_kept"])
 def test_offloaded_inputs_come_back_right(which: int, small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a plan that offloads every layer's input, three times over: host memory is used again."""
@@ -155,7 +201,7 @@ def test_offloaded_inputs_come_back_right(which: int, small: Small, monkeypatch:
     def offload(costs: Costs, *rest: Any) -> MemoryPlan:
         return MemoryPlan(tuple([level for level in levels if level.offloaded][which] for levels in costs.layers))
 
-    monkeypatch.setattr(planning, "choose", offload)
+    choose_by(offload, monkeypatch)
     assert_right(small)
 
 
@@ -293,7 +339,7 @@ def test_offloaded_inputs_are_gone_between_the_passes(large: Large, monkeypatch:
         return MemoryPlan(tuple(next(lv for lv in levels if bool(lv.offloaded) == offloads) for levels in own))
 
     held, inputs = {}, batch(8, 512)
-    monkeypatch.setattr(planning, "choose", least)
+    choose_by(least, monkeypatch)
     for offloads in (False, True):
         with switched(large.model):
             train(large.model, [inputs])

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from sloth_backend import SlothConfig, SlothConfigError
+from integration_tests import child
+from sloth_backend import SlothConfig, SlothConfigError, ranks
 from sloth_backend.budget import (
     CONTEXT_BYTES,
     GIB,
     HOST_RESERVE_BYTES,
     DeviceMemory,
-    agreed,
     device_budget,
     host_budget,
 )
@@ -67,22 +65,18 @@ def test_the_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyP
 RANK = """
 import sys
 import torch.distributed as dist
-from sloth_backend.budget import agreed
+from sloth_backend import ranks
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-print(agreed((rank + 3) << 33, None), agreed(None, None))
+print(ranks.least((rank + 3) << 33), ranks.least(None), ranks.everywhere(rank == 0), ranks.everywhere(rank < 2))
 dist.destroy_process_group()
 """
 
 
 def test_ranks_agree_on_the_least_budget(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RANK]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "meeting")], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    assert [rank.communicate(timeout=120)[0].split() for rank in ranks] == [[str(3 << 33), "None"]] * 2
-    assert agreed(7, None) == 7
+    done = child.fork(*(child.Start(RANK, (rank, tmp_path / "meeting")) for rank in range(2)), timeout=120)
+    assert [process.stdout.split() for process in done] == [[str(3 << 33), "None", "False", "True"]] * 2, done
+    assert ranks.least(7) == 7
 
 
 @pytest.mark.parametrize("value", [0, -1, "nan", "inf", "much"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from integration_tests import child
 
 PYPROJECT = """
 [build-system]
@@ -109,11 +108,8 @@ def install(folder: Path, source: str) -> Path:
 
 
 def run(script: str, site: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``script`` in a new Python that sees the repository and ``site``."""
-    roots = [str(site), *(str(ROOT / name) for name in (".", "plugins", "kernels"))]
-    inherited = filter(None, [os.environ.get("PYTHONPATH")])
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([*roots, *inherited]), "HF_HUB_OFFLINE": "1"} | environment
-    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
+    """Run ``script`` in a process that has imported nothing of ours and sees the repository and ``site``."""
+    return child.fork(child.Start(script, (), {"HF_HUB_OFFLINE": "1", **environment}, (str(site),)))[0]
 
 
 @pytest.fixture(scope="module")

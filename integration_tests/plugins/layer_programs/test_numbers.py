@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 
 from integration_tests.plugins.layer_programs.common import (
     MODES,
@@ -125,6 +127,40 @@ def test_under_autocast(mode: str) -> None:
     for name, true in truth.items():
         off = [((found[name] - true).norm() / true.norm()).item() for found in (ours, theirs)]
         assert off[0] <= off[1] + 5e-3, (name, off)
+
+
+def in_float64(model: Any) -> Any:
+    """A copy with its 4-bit weights as they are read, dense."""
+    found = copy.deepcopy(model)
+    for name, packed in [*found.named_modules()]:
+        if isinstance(packed, bnb.nn.Linear4bit):
+            weight: Any = packed.weight
+            linear = torch.nn.Linear(packed.in_features, packed.out_features, bias=False)
+            linear.weight = torch.nn.Parameter(dequantize_4bit(weight.data, weight.quant_state), False)
+            parent, _, child = name.rpartition(".")
+            setattr(found.get_submodule(parent), child, linear)
+    return found.double()
+
+
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=["adapters32", "adapters16"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("mode", ["least", "fastest"])
+def test_4bit_products_in_bfloat16_between_float32_states(mode: str, autocast: bool, adapters: torch.dtype) -> None:
+    """As TRL loads a model by name: float32, with bnb_4bit_compute_dtype=bfloat16."""
+    model = adapted(quantised(make_model("llama", **WHOLE_BLOCKS), compute_dtype=torch.bfloat16))
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data = parameter.data.to(adapters)
+    mine, stock = twins(model, memory=mode)
+    truth = train(in_float64(stock), make_batches(1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, theirs = (train(model, make_batches(1)) for model in (mine, stock))
+    assert {name: grad.dtype for name, grad in ours.items()} == {name: grad.dtype for name, grad in theirs.items()}
+    off = {
+        n: [((found[n] - true).norm() / true.norm()).item() for found in (ours, theirs)] for n, true in truth.items()
+    }
+    assert not {name: pair for name, pair in off.items() if not pair[0] <= pair[1] + 2**-7}
+    mean = [sum(pair[i] for pair in off.values()) for i in range(2)]
+    assert mean[0] <= mean[1], mean
 
 
 @pytest.mark.parametrize("mode", ["least", "fastest"])

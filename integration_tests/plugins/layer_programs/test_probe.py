@@ -9,7 +9,15 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from integration_tests.plugins.layer_programs.common import adapted, assert_same, programs, switched_on, train
+from integration_tests.plugins.layer_programs.common import (
+    WHOLE_BLOCKS,
+    adapted,
+    assert_same,
+    programs,
+    quantised,
+    switched_on,
+    train,
+)
 from integration_tests.sameness.architectures import make_model
 from sloth_kernels.program import Program
 from sloth_plugins.layer_programs.probe import Seen, disagreement
@@ -86,6 +94,22 @@ def test_another_wiring_is_refused(wiring: Wiring, index: int) -> None:
 
 
 @pytest.mark.parametrize(
+    "wiring", [_as_llama, _scaled_residual, _swapped_norms, _without_mlp, _in_parallel, _norms_after]
+)
+def test_coarse_products_do_not_hide_another_wiring(wiring: Wiring) -> None:
+    """4-bit weights whose products are rounded to bfloat16, between states in float32."""
+    model = quantised(make_model("llama", **WHOLE_BLOCKS), compute_dtype=torch.bfloat16)
+    for name, norm in model.named_modules():
+        if "norm" in name:
+            norm.weight.data = torch.rand_like(norm.weight) + 0.5
+    rewired(wiring, model.model.layers[1])
+    found = programs(switched_on(adapted(model)))
+    assert [finding.action for finding in found] == ["changed", "changed" if wiring is _as_llama else "skipped"] + [
+        "changed"
+    ] * (len(found) - 2)
+
+
+@pytest.mark.parametrize(
     ("kwargs", "output", "reason"),
     [
         ({}, (torch.zeros(1, 2, 4),), "it returns a tuple, not one tensor"),
@@ -95,5 +119,5 @@ def test_another_wiring_is_refused(wiring: Wiring, index: int) -> None:
 )
 def test_another_kind_of_call_is_refused(kwargs: dict[str, Any], output: Any, reason: str) -> None:
     seen = Seen(torch.zeros(1, 2, 4), kwargs, output, torch.ones(1, 2, dtype=torch.bool))
-    assert reason in disagreement(Program([]), [seen])
-    assert "positional argument" in disagreement(Program([]), [])
+    assert reason in disagreement(Program([]), torch.nn.Identity(), [seen])
+    assert "positional argument" in disagreement(Program([]), torch.nn.Identity(), [])
