@@ -71,15 +71,21 @@ def _run_decoder(model: Any, masks: list[torch.Tensor]) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and every module back in its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
+    """Evaluation mode without gradients, and every module back in its own mode afterwards.
+
+    For bitsandbytes' 4-bit linears training is no other mode but for one thing: where they evaluate on a CPU with
+    products of bfloat16, they pack their weights anew, with rounded scales, for good. So they stay in it.
+    """
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, _ in modes:
+        module.training = hasattr(module, "support_avx512bf16_for_cpu")
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in modes:
+            module.training = mode
 
 
 def constants_of(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
