@@ -102,7 +102,8 @@ def test_gradients_and_counts_are_those_of_one_by_one(name: str, checkpointing: 
     assert reasons(alone[0]) == ["accumulation='host'"]
     least = checkpointing and name != "very unequal"  # then memory counts on a CPU, and larger passes take more
     assert fused[1].passes < alone[1].passes or (least and fused[1].passes == alone[1].passes)
-    assert_same(fused, alone)
+    # Of 2,000 tokens stock's own float32 gradients are up to 2.7e-6 off those in float64, and each CPU sums otherwise.
+    assert_same(fused, alone, EXACT if name != "very unequal" else 2 * EXACT)
 
 
 def test_one_pass_a_step_and_the_losses_of_stock(tmp_path: Path) -> None:

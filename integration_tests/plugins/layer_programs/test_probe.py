@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -121,3 +122,16 @@ def test_another_kind_of_call_is_refused(kwargs: dict[str, Any], output: Any, re
     seen = Seen(torch.zeros(1, 2, 4), kwargs, output, torch.ones(1, 2, dtype=torch.bool))
     assert reason in disagreement(Program([]), torch.nn.Identity(), [seen])
     assert "positional argument" in disagreement(Program([]), torch.nn.Identity(), [])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_in_4_bits_are_not_packed_for_this_cpu(training: bool) -> None:
+    model = adapted(quantised(make_model("llama", **WHOLE_BLOCKS))).train(training)
+    linears = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    for linear in linears:
+        linear.support_avx512bf16_for_cpu = True
+    before = [linear.weight.detach().clone() for linear in linears]
+    assert programs(switched_on(model))
+    assert not any(vars(linear.weight.quant_state).get("packing_format_for_cpu") for linear in linears)
+    assert all(torch.equal(linear.weight, packed) for linear, packed in zip(linears, before, strict=True))
+    assert all(module.training is training for module in model.modules())
