@@ -197,6 +197,24 @@ def test_parked_values_come_back_when_they_are_needed(parked: set[str]) -> None:
     assert len(elsewhere.returned) == len(names)
 
 
+def test_a_parked_value_for_which_there_is_no_room_is_asked_for_again() -> None:
+    layer, refused = Layer(), []
+
+    def put(value: torch.Tensor) -> Any:
+        def restore() -> torch.Tensor:
+            if len(refused) < 1:
+                refused.append(value.shape)
+                raise torch.OutOfMemoryError("no memory left, the test says")
+            return value
+
+        return Here(restore)
+
+    true = gradients(layer.truth(), layer)
+    y = layer.program()(layer.x, layer.constants, frozenset({"x2"}), None, Park(frozenset({"x2"}), put))
+    assert_same(gradients(y, layer), true)
+    assert refused
+
+
 def test_frozen_input_needs_no_gradient() -> None:
     layer = Layer()
     true = gradients(layer.truth(), layer)[1:]

@@ -9,7 +9,7 @@ with 0 in the columns of other siblings' adapters. A product of r more columns c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -131,6 +131,8 @@ class DenseCache:
     def __init__(self, layers: Sequence[Sequence[DenseGroup]]) -> None:
         self.layers = [list(groups) for groups in layers]
         self.held = 0
+        self.on_relief: Callable[[], None] | None = None
+        """Called when the matrices had to be given up, the device being out of memory."""
         givers.add(self)
         for groups in self.layers:
             for group in groups:
@@ -157,4 +159,6 @@ class DenseCache:
         """Let go of all matrices and keep none from now on; whether there were any."""
         freed = sum(group.empty() for groups in self.layers for group in groups)
         self.hold(0)
+        if freed and self.on_relief is not None:
+            self.on_relief()
         return freed > 0

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from sloth_kernels.relief import with_relief
+
 
 class Parked(Protocol):
     """A value that waits elsewhere."""
@@ -49,7 +51,9 @@ class Values(dict[str, Any]):
         self.dying: Sequence[str] = ()
 
     def __missing__(self, name: str) -> Any:
-        value = self[name] = self.parked.pop(name).restore()
+        # Without room for it now it goes on waiting, until others have given some up.
+        value = self[name] = with_relief(self.parked[name].restore)
+        del self.parked[name]
         return value
 
     def let_go(self, names: Iterable[str]) -> None:

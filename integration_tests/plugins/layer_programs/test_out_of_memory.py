@@ -158,6 +158,17 @@ def test_the_loss_starts_over_too(dropout: float, runs: list[Call], monkeypatch:
     assert all(now <= then for now, then in zip(after, before, strict=True))
 
 
+def test_dense_weights_are_given_up_when_nothing_else_is_left(runs: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, stock = twins(adapted(quantised(make_model("llama", **WHOLE_BLOCKS))), memory="fastest")
+    batch = make_batches(1)
+    assert_same(train(mine, batch), train(stock, batch), tolerance=1e-3)
+    run_out(runs[0], "backward", 1, monkeypatch)
+    assert_same(train(mine, batch), train(stock, batch), tolerance=1e-3)
+    (warned,) = (finding.reason for finding in plans_of(mine) if finding.action == "warned")
+    assert warned.startswith("out of memory: kept values were given up, from now on layers: ")
+    assert_same(train(mine, batch), train(stock, batch), tolerance=1e-3)
+
+
 def test_the_first_layer_has_nothing_to_give_up(runs: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     """No other layer holds anything yet: the stage is tried once more, and what then fails is the host's to see."""
     mine, _ = twins(llama())

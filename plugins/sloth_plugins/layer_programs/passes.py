@@ -60,6 +60,7 @@ class Passes:
         self.tapes: Tapes | None = None
         self.model = weakref.ref(model)
         self.layers, self.planner, self.cache, self.rings = list(layers), planner, cache, rings
+        cache.on_relief = self._tighten
         self.passed: dict[Shape, MemoryPlan] = {}
         """The plans that passes ran under."""
         self.shape: Shape | None = None
