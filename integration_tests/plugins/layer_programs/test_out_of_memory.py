@@ -158,7 +158,7 @@ def test_the_loss_starts_over_too(dropout: float, runs: list[Call], monkeypatch:
     assert all(now <= then for now, then in zip(after, before, strict=True))
 
 
-def test_dense_weights_are_given_up_when_nothing_else_is_left(runs: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_weights_go_when_nothing_else_is_left(runs: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
     mine, stock = twins(adapted(quantised(make_model("llama", **WHOLE_BLOCKS))), memory="fastest")
     batch = make_batches(1)
     assert_same(train(mine, batch), train(stock, batch), tolerance=1e-3)
