@@ -87,7 +87,9 @@ def test_losses_are_those_of_axolotl(kind: str, model_folder: Path, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SLOW_KINDS)
 def test_losses_of_other_kinds_are_those_of_axolotl(kind: str, model_folder: Path, tmp_path: Path) -> None:
-    ours, _ = compare(tmp_path, model_folder, SLOW_KINDS[kind])
+    # bitsandbytes' CPU kernels make other values of 4-bit rows that are no whole blocks.
+    folder = tiny.save(tmp_path / "whole", hidden_size=64, intermediate_size=128) if kind == "qlora" else model_folder
+    ours, _ = compare(tmp_path, folder, SLOW_KINDS[kind])
     report = sloth_backend.report(ours.model)
     assert report.of(action="changed", capability="rms_norm"), str(report)
 

@@ -43,7 +43,12 @@ class Pass(NamedTuple):
     """What the model is called with once, and what that is of micro-batches."""
 
     inputs: dict[str, torch.Tensor]
-    shares: tuple[Share, ...]
+    rows: Rows
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """Of the micro-batches that it is of."""
+        return self.rows.shares
 
 
 class Fusion:
@@ -105,7 +110,7 @@ class Fusion:
             if passes is not None:
                 self.work = [(batch, []) for batch in batches]
                 carrier = self.work[-1 if trainer.accelerator.use_distributed else 0]
-                carrier[1].extend(Pass(_inputs(rows, device), rows.shares) for rows in passes)
+                carrier[1].extend(Pass(_inputs(rows, device), rows) for rows in passes)
         return batches, count
 
     def _passes(self, batches: Sequence[Mapping[str, Any]], most: int) -> list[Rows] | None:
@@ -163,7 +168,7 @@ class Fusion:
                 with trainer.accelerator.no_sync(model):
                     losses.append(step(one))
             losses.append(step(passes[-1]))
-        counts.settle(batch for batch, _ in self.work)
+        counts.settle([batch["labels"] for batch, _ in self.work], [one.rows.labels for one in passes])
         self._fetch_ahead(trainer)
         settle(trainer)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()

@@ -6,8 +6,8 @@ taken for the known one. Options of the trainer's arguments switch on what it do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -35,18 +35,25 @@ class Override(NamedTuple):
 
 _COUNTING = (
     "args include_tkps training sum torch tensor numel device is_distributed distributed all_reduce ReduceOp SUM state "
-    "tokens zeros detach cpu"
+    "tokens zeros detach cpu _accumulate_token_counts"
 )
-_INPUTS = "accelerator unwrap_model config sample_packing zeros_like orpo_alpha orpo_compute_loss"
+_INPUTS = (
+    "accelerator unwrap_model config sample_packing zeros_like orpo_alpha orpo_compute_loss _model_type "
+    "_maybe_inject_mm_token_type_ids"
+)
+_SPREAD = "accelerator _deepspeed_sequence_parallel_group parallelism_config sp_size"
+"""Rows over several processes, which are another obstacle."""
 OVERRIDES = {
     ("LayerOffloadingMixin", "training_step"): Override(
         frozenset(("_layer_offload_ctx", "training_step")), ("layer_offloading",)
     ),
     ("ActivationOffloadingMixin", "training_step"): Override(
-        frozenset(("activation_offload_context", "training_step")), ("activation_offloading",)
+        frozenset("activation_offload_context training_step model _install_live_fsdp_parameter_storage_hooks".split()),
+        ("activation_offloading",),
     ),
+    ("AxolotlTrainer", "training_step"): Override(frozenset(f"{_SPREAD} training_step torch is_tensor".split()), ()),
     ("AxolotlTrainer", "compute_loss"): Override(
-        frozenset(f"{_COUNTING} {_INPUTS} compute_loss".split()), ("orpo_alpha",), ("gemma4",)
+        frozenset(f"{_COUNTING} {_INPUTS} {_SPREAD} compute_loss".split()), ("orpo_alpha",), ("gemma4",)
     ),
 }
 """Axolotl's, by class and method."""
@@ -72,20 +79,29 @@ def objections(trainer: Any, model: Any, name: str) -> Iterator[str]:
 
 
 class HostCounts:
-    """Tokens as the host counts those of its micro-batches, whatever passes."""
+    """Tokens as the host counts those of its micro-batches, whatever passes.
+
+    ``COUNTERS`` of the trainer hold them since Axolotl 0.20, which adds them to the state when it logs.
+    """
+
+    COUNTERS: ClassVar = {"trainable": "_tkps_trainable_acc", "total": "_tkps_total_acc"}
 
     def __init__(self, trainer: Any) -> None:
-        counts = getattr(trainer.args, COUNTS_TOKENS, False)
-        self.state = trainer.state if counts else None
-        self.before: Mapping[str, Any] = dict(getattr(trainer.state, "tokens", ()))
+        self.trainer = trainer if getattr(trainer.args, COUNTS_TOKENS, False) else None
 
-    def settle(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        """Take the counts of the passes since then back, and count ``batches`` instead."""
-        if self.state is None:
+    def settle(self, batches: Iterable[torch.Tensor], passed: Iterable[torch.Tensor]) -> None:
+        """Count the labels of ``batches`` instead of those that ``passed``."""
+        if self.trainer is None:
             return
-        labels: Sequence[torch.Tensor] = [batch["labels"] for batch in batches]
-        counted = {
-            "trainable": sum(int((label != IGNORED).sum()) for label in labels),
-            "total": sum(label.numel() for label in labels),
-        }
-        self.state.tokens = {name: self.before.get(name, torch.zeros(1)) + count for name, count in counted.items()}
+        wanted, counted = _counts(batches), _counts(passed)
+        for name, counter in self.COUNTERS.items():
+            more = wanted[name] - counted[name]
+            if hasattr(self.trainer, counter):
+                setattr(self.trainer, counter, getattr(self.trainer, counter) + more)
+            else:
+                self.trainer.state.tokens[name] = self.trainer.state.tokens[name] + more
+
+
+def _counts(labels: Iterable[torch.Tensor]) -> dict[str, int]:
+    own = list(labels)
+    return {"trainable": sum(int((t != IGNORED).sum()) for t in own), "total": sum(t.numel() for t in own)}
