@@ -29,6 +29,7 @@ HOSTS = {
     "trl.trainer.reward_trainer": "sloth_backend.hosts.trl:patch_trainer",
     "trl.trainer.grpo_trainer": "sloth_backend.hosts.trl:patch_trainer",
     "trl.trainer.rloo_trainer": "sloth_backend.hosts.trl:patch_trainer",
+    "trl.trainer.distillation_trainer": "sloth_backend.hosts.trl:patch_trainer",
     "trl.experimental.cpo.cpo_trainer": "sloth_backend.hosts.trl:patch_trainer",
     "trl.experimental.orpo.orpo_trainer": "sloth_backend.hosts.trl:patch_trainer",
 }

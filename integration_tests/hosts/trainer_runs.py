@@ -82,6 +82,15 @@ CASES = {
         trl.RLOOTrainer, trl.RLOOConfig, PROMPTS, ("reward", "kl", "entropy"), GENERATES, {"reward_funcs": reward}
     ),
 }
+if hasattr(trl, "DistillationTrainer"):  # since TRL 1.14
+    CASES["Distillation"] = Case(
+        trl.DistillationTrainer,
+        trl.DistillationConfig,
+        PROMPTS,
+        ("loss", "entropy"),
+        {"max_completion_length": 8, "per_device_train_batch_size": 4},
+        {"teacher_model": lambda: tiny.make_model(tiny.make_tokenizer(), seed=1)},
+    )
 PAIRED = ("DPO", "KTO", "CPO", "ORPO")
 
 
@@ -110,6 +119,8 @@ def make(name: str, folder: Path, *, peft: str = "", args: dict[str, Any] | None
         options["peft_config"] = lora(task_type=kind)
     config = case.config(str(folder / "out"), **{**DEFAULTS, **case.args, **(args or {})})
     given = {"processing_class": tokenizer, "train_dataset": texts(case.columns), **case.options, **options}
+    if "teacher_model" in given:
+        given["teacher_model"] = given["teacher_model"]()
     return case.trainer(model=model, args=config, **given)
 
 

@@ -61,6 +61,7 @@ class Kind(NamedTuple):
         length: the option that bounds the tokens of a row; None where nothing does.
         collator_cuts: whether the collator cuts rows to that length, so that those of the data set are whole.
         reads_logits: why the model's own loss is never asked for; None where it is.
+        beside: the attribute that holds a model which runs beside the trained one, where there is one.
         seam: a context around phase C that settles who computes the loss.
     """
 
@@ -73,6 +74,7 @@ class Kind(NamedTuple):
     length: str | None = None
     collator_cuts: bool = False
     reads_logits: str | None = None
+    beside: str = "ref_model"
     seam: Callable[[Session, nn.Module, Any], AbstractContextManager[None]] = no_seam
 
     def setting(self, args: Any, name: str) -> Any:
@@ -288,16 +290,16 @@ def _is_causal_lm(model: Any) -> bool:
 
 
 def _patch_reference(session: Session, kind: Kind, trainer: Any, tokenizer: Any) -> None:
-    """Let a reference model of its own run as the trained one does, so that both round alike; undone with it."""
+    """Let a model beside the trained one run as that does, so that both round alike; undone with it."""
     from sloth_backend import phases
     from sloth_backend.findings import Finding
 
-    reference = getattr(trainer, "ref_model", None)
+    reference = getattr(trainer, kind.beside, None)
     if reference is None:
         return
     if str(getattr(trainer.accelerator.distributed_type, "value", "")) not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         reason = f"it is sharded ({trainer.accelerator.distributed_type}) and left as the host made it"
-        session.findings.append(Finding("skipped", "ref_model", reason, "reference_model", kind.host))
+        session.findings.append(Finding("skipped", kind.beside, reason, "reference_model", kind.host))
         return
     quiet = replace(session.run.config, print_report=False)
     own = phases.begin(replace(session.run, config=quiet, gradient_checkpointing=False), reference)
@@ -305,8 +307,8 @@ def _patch_reference(session: Session, kind: Kind, trainer: Any, tokenizer: Any)
     session.edits.on_undo(functools.partial(_undo, weakref.ref(reference)))
     phases.after_load(own, reference, tokenizer)
     phases.before_train(own, reference)
-    reason = "the reference model runs on the same kernels as the trained one; sloth_backend.report(trainer.ref_model)"
-    session.findings.append(Finding("changed", "ref_model", reason, "reference_model", kind.host))
+    reason = f"runs on the same kernels as the trained one; sloth_backend.report(trainer.{kind.beside})"
+    session.findings.append(Finding("changed", kind.beside, reason, "reference_model", kind.host))
 
 
 def _undo(reference: weakref.ref[nn.Module]) -> None:

@@ -74,6 +74,7 @@ def _take_away(session: Session, model: nn.Module) -> None:
 
 LOGPROBS = "takes log-probabilities from the logits of every token, so they take their full memory"
 SCORES = "compares the scores of two texts: there are no logits over the vocabulary"
+DIVERGENCE = "takes the hidden states, and computes the divergence from its teacher in chunks of the vocabulary itself"
 LEFT = {"truncation_side": "left", "padding_side": "left"}
 
 
@@ -91,11 +92,12 @@ KINDS = dict(
         _kind("Reward", "AutoTokenizer", length="max_length", rows=2, reads_logits=SCORES),
         _kind("GRPO", "AutoProcessor", loading=LEFT, reads_logits=LOGPROBS),
         _kind("RLOO", "AutoProcessor", loading=LEFT, reads_logits=LOGPROBS),
+        _kind("Distillation", "AutoProcessor", loading=LEFT, reads_logits=DIVERGENCE, beside="teacher_model"),
         _kind("CPO", "AutoTokenizer", "trl.experimental.cpo", length="max_length", rows=2, reads_logits=LOGPROBS),
         _kind("ORPO", "AutoTokenizer", "trl.experimental.orpo", length="max_length", rows=2, reads_logits=LOGPROBS),
     )
 )
-"""Module of TRL -> its trainer."""
+"""Module of TRL -> its trainer; Distillation is among them since TRL 1.14."""
 
 
 def patch_trainer(module: ModuleType) -> None:

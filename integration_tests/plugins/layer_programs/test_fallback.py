@@ -66,6 +66,16 @@ def test_hidden_states() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_an_argument_that_only_a_head_reads_is_no_obstacle(runs: list[Call]) -> None:
+    """TRL's distillation hands it to the decoder, which hands it to every layer."""
+    mine, stock = twins(llama())
+    ids = make_batches()[0]["input_ids"]
+    decoders = [model.get_base_model().model for model in (mine, stock)]
+    ours, theirs = (decoder(input_ids=ids, logits_to_keep=3).last_hidden_state for decoder in decoders)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert len(runs) == LAYERS
+
+
 HOOKED = ["self_attn", "mlp.gate_proj", "self_attn.o_proj.lora_A.default", "input_layernorm"]
 
 

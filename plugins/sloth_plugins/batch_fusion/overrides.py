@@ -48,7 +48,9 @@ OVERRIDES = {
         frozenset(("_layer_offload_ctx", "training_step")), ("layer_offloading",)
     ),
     ("ActivationOffloadingMixin", "training_step"): Override(
-        frozenset("activation_offload_context training_step model _install_live_fsdp_parameter_storage_hooks".split()),
+        frozenset(
+            ("activation_offload_context", "training_step", "model", "_install_live_fsdp_parameter_storage_hooks")
+        ),
         ("activation_offloading",),
     ),
     ("AxolotlTrainer", "training_step"): Override(frozenset(f"{_SPREAD} training_step torch is_tensor".split()), ()),
