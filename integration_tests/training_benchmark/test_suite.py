@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 import math
@@ -79,7 +80,7 @@ def test_every_point_is_a_result(measured: Path) -> None:
         assert result["status"] == "ok", result
         assert len(result["losses"]) == len(result["all_seconds"]) == 2
         assert result["step_seconds"] == result["all_seconds"][-1] > 0
-        assert result["versions"]["torch"] == torch.__version__
+        assert result["versions"]["torch"] == importlib.metadata.version("torch")
     assert any("rms_norm" in line for r in found if r["contender"] == "sloth" for line in r["findings"])
 
 

@@ -18,6 +18,7 @@ from sloth_plugins.tokenizer_healing.spm_file import Kind, NotSentencePiece, Sen
 
 SUBJECT = "tokenizer.encode"
 PIECES_PER_PROBE, MOST_PIECES = 64, 32768
+WORDS_BESIDE_SPACES = 32
 
 
 class Truth(Protocol):
@@ -110,7 +111,8 @@ def mend(
 
 
 def probes(case: Case, truth: SentencePieceFile) -> list[str]:
-    """The fixed probe texts, and the pieces (of large vocabularies: a sample) on lines of their own, many to a text."""
+    """The fixed probe texts; the pieces (of large vocabularies: a sample) on lines of their own, many to a text; and
+    words behind pieces of spaces."""
     added = {str(token) for token in case.added.values()}
     unwanted = added | {f"<0x{byte:02X}>" for byte in range(256)}
     words = [
@@ -119,7 +121,17 @@ def probes(case: Case, truth: SentencePieceFile) -> list[str]:
         if name not in unwanted
     ]
     rows = ["\n".join(words[i : i + PIECES_PER_PROBE]) for i in range(0, len(words), PIECES_PER_PROBE)]
+    rows += _beside_spaces(truth)
     return without((*PROBES, *rows), [token for token in added if truth.kind(token) != Kind.USER_DEFINED])
+
+
+def _beside_spaces(truth: SentencePieceFile) -> list[str]:
+    """Spaces that are a piece by the user's will are one before a word too, which could have merged with the last."""
+    found = [piece for piece in truth.pieces if "\u2581" in piece.text]
+    words = [piece for piece in found if piece.kind == Kind.NORMAL and piece.text[0] == "\u2581" and piece.text[1:]]
+    words = sorted(words, key=lambda piece: -piece.score)[:WORDS_BESIDE_SPACES]
+    runs = [piece.text for piece in found if piece.kind == Kind.USER_DEFINED]
+    return ["\n".join(run + word.text[1:] for word in words).replace("\u2581", " ") for run in runs if words]
 
 
 def differences(backend: Tokenizer, rows: list[tuple[str, list[int], str]], unknown: int) -> Iterator[str]:
