@@ -132,6 +132,7 @@ def test_accelerate_looks_at_the_loaders_that_are_prepared_with_or_before_the_mo
 
 
 def test_axolotl_shows_its_rows_before_it_drops_the_long_ones(model_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("axolotl")
     given = axolotl_runs.options(tmp_path, model_folder, use_unsloth=True, max_steps=1)
     lengths = sorted(map(len, axolotl_runs.data(axolotl_runs.load(given)).train_dataset["input_ids"]))
     middle, prepared = lengths[24], str(tmp_path / "prepared")

@@ -65,6 +65,7 @@ def test_trl(folder: Path, tmp_path: Path, by_name: bool) -> None:
 
 
 def test_axolotl(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("axolotl")
     from integration_tests.hosts import axolotl_runs
 
     rows = tmp_path / "rows.jsonl"

@@ -60,7 +60,7 @@ class Kind(NamedTuple):
         rows: rows of a pass for each example of a micro-batch: 2 where examples are pairs.
         length: the option that bounds the tokens of a row; None where nothing does.
         collator_cuts: whether the collator cuts rows to that length, so that those of the data set are whole.
-        reads_logits: why the model's own loss is never asked for; None where it is.
+        reads_logits: why the model's own loss is never asked for, or what says so of a model; None where it is.
         beside: the attribute that holds a model which runs beside the trained one, where there is one.
         seam: a context around phase C that settles who computes the loss.
     """
@@ -73,7 +73,7 @@ class Kind(NamedTuple):
     rows: int = 1
     length: str | None = None
     collator_cuts: bool = False
-    reads_logits: str | None = None
+    reads_logits: str | Callable[[nn.Module], str] | None = None
     beside: str = "ref_model"
     seam: Callable[[Session, nn.Module, Any], AbstractContextManager[None]] = no_seam
 
@@ -174,7 +174,8 @@ def _narrow(session: Session, kind: Kind, trainer: Any) -> bool:
     left_out = []
     if kind.reads_logits and config.allows(LOSS):
         config = replace(config, kernels=tuple(name for name in OP_NAMES if config.allows(name) and name != LOSS))
-        left_out.append(("loss", f"{kind.trainer} {kind.reads_logits}", LOSS))
+        why = kind.reads_logits(base) if callable(kind.reads_logits) else kind.reads_logits
+        left_out.append(("loss", f"{kind.trainer} {why}", LOSS))
     # Trainer asks the same of a model, to count the labels of a step.
     shifts = _is_causal_lm(base) and (kind.loader is not None or getattr(trainer, "_loss_shifts_labels", True))
     if not shifts and not kind.reads_logits and config.accumulation != "host":
@@ -214,6 +215,7 @@ def _tokens_per_pass(kind: Kind, args: Any) -> int | None:
     """Rows of a micro-batch x the length to which the trainer truncates or packs; None where it does neither."""
     length = kind.setting(args, kind.length) if kind.length else None
     multiple = kind.setting(args, "pad_to_multiple_of") or 1
+    multiple = multiple if isinstance(multiple, int) else 1  # "auto" pads on other devices than GPUs
     if length is None or (kind.setting(args, "dataset_kwargs") or {}).get("skip_prepare_dataset"):
         return None
     return kind.rows * kind.setting(args, "per_device_train_batch_size") * -(-length // multiple) * multiple

@@ -72,10 +72,16 @@ def _take_away(session: Session, model: nn.Module) -> None:
         session.edits.set(model, "forward", forward)
 
 
-LOGPROBS = "takes log-probabilities from the logits of every token, so they take their full memory"
 SCORES = "compares the scores of two texts: there are no logits over the vocabulary"
 DIVERGENCE = "takes the hidden states, and computes the divergence from its teacher in chunks of the vocabulary itself"
 LEFT = {"truncation_side": "left", "padding_side": "left"}
+
+
+def logps(model: nn.Module) -> str:
+    """Where a trainer takes those of a text from."""
+    if _made_by(vars(model).get("forward"), FUSED_HEAD):
+        return "takes log-probabilities from TRL's own fused head"
+    return "takes log-probabilities from the logits of every token, so they take their full memory"
 
 
 def _kind(name: str, loader: str, folder: str = "trl.trainer", **facts: Any) -> tuple[str, Kind]:
@@ -87,14 +93,14 @@ def _kind(name: str, loader: str, folder: str = "trl.trainer", **facts: Any) -> 
 KINDS = dict(
     (
         _kind("SFT", "AutoProcessor", length="max_length", seam=loss_seam),
-        _kind("DPO", "AutoProcessor", length="max_length", collator_cuts=True, rows=2, reads_logits=LOGPROBS),
-        _kind("KTO", "AutoProcessor", length="max_length", collator_cuts=True, reads_logits=LOGPROBS),
+        _kind("DPO", "AutoProcessor", length="max_length", collator_cuts=True, rows=2, reads_logits=logps),
+        _kind("KTO", "AutoProcessor", length="max_length", collator_cuts=True, reads_logits=logps),
         _kind("Reward", "AutoTokenizer", length="max_length", rows=2, reads_logits=SCORES),
-        _kind("GRPO", "AutoProcessor", loading=LEFT, reads_logits=LOGPROBS),
-        _kind("RLOO", "AutoProcessor", loading=LEFT, reads_logits=LOGPROBS),
+        _kind("GRPO", "AutoProcessor", loading=LEFT, reads_logits=logps),
+        _kind("RLOO", "AutoProcessor", loading=LEFT, reads_logits=logps),
         _kind("Distillation", "AutoProcessor", loading=LEFT, reads_logits=DIVERGENCE, beside="teacher_model"),
-        _kind("CPO", "AutoTokenizer", "trl.experimental.cpo", length="max_length", rows=2, reads_logits=LOGPROBS),
-        _kind("ORPO", "AutoTokenizer", "trl.experimental.orpo", length="max_length", rows=2, reads_logits=LOGPROBS),
+        _kind("CPO", "AutoTokenizer", "trl.experimental.cpo", length="max_length", rows=2, reads_logits=logps),
+        _kind("ORPO", "AutoTokenizer", "trl.experimental.orpo", length="max_length", rows=2, reads_logits=logps),
     )
 )
 """Module of TRL -> its trainer; Distillation is among them since TRL 1.14."""

@@ -53,6 +53,15 @@ def quantised(model: Any, **options: Any) -> Any:
     return model
 
 
+def takes(model: Any, attention: str) -> bool:
+    """Whether transformers lets ``model`` attend so, which it does from then on; Gemma 2 not by sdpa since 5.23."""
+    try:
+        model.set_attn_implementation(attention)
+    except ValueError:
+        return False
+    return True
+
+
 def switched_on(model: Any, **config: Any) -> Any:
     """``model`` itself with the backend on."""
     return sloth_backend.optimize(model, config={"print_report": False, **config})

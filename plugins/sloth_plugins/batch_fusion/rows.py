@@ -15,7 +15,7 @@ from sloth_kernels.documents import documents_of
 IGNORED = -100
 """A label that no loss counts."""
 USED = frozenset({"input_ids", "labels", "attention_mask", "position_ids"})
-SAY_THE_SAME = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+SAY_THE_SAME = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 """What a batch may carry beside, which the positions say already."""
 
 

@@ -59,8 +59,9 @@ SOFTCAPS = ("attn_logit_softcapping",)
 
 USED = ("attention_mask", "position_embeddings")
 """Arguments of a layer's forward that a program reads."""
-OF_NO_EFFECT = frozenset({"position_ids", "cache_position", "num_items_in_batch", "logits_to_keep"})
-"""Those that say nothing to a layer once the two above are there."""
+BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+OF_NO_EFFECT = frozenset({"position_ids", "cache_position", "num_items_in_batch", "logits_to_keep", *BOUNDARIES})
+"""Those that say nothing to attention by sdpa or eager once the two above are there."""
 FALSY = frozenset({"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"})
 """Those that may be there but not ask for anything."""
 
