@@ -83,7 +83,7 @@ def objections(trainer: Any, model: Any, name: str) -> Iterator[str]:
 class HostCounts:
     """Tokens as the host counts those of its micro-batches, whatever passes.
 
-    ``COUNTERS`` of the trainer hold them since Axolotl 0.20, which adds them to the state when it logs.
+    In Axolotl 0.21 ``COUNTERS`` of the trainer hold them, and are added to its state when it logs.
     """
 
     COUNTERS: ClassVar = {"trainable": "_tkps_trainable_acc", "total": "_tkps_total_acc"}

@@ -79,7 +79,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for module, _ in modes:
-        module.training = hasattr(module, "support_avx512bf16_for_cpu")
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.training = True
     try:
         with torch.no_grad():
             yield
