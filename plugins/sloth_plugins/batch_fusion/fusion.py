@@ -30,8 +30,8 @@ from sloth_plugins.batch_fusion.budget import Budget
 from sloth_plugins.batch_fusion.known_loss import KnownLoss
 from sloth_plugins.batch_fusion.later import Copy
 from sloth_plugins.batch_fusion.means import Means
-from sloth_plugins.batch_fusion.overrides import HostCounts
-from sloth_plugins.batch_fusion.rows import Rows, Share, UnfitError, divided, joined, positions, rows_of
+from sloth_plugins.batch_fusion.overrides import count_as_host
+from sloth_plugins.batch_fusion.rows import Rows, UnfitError, divided, joined, positions, rows_of
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +44,6 @@ class Pass(NamedTuple):
 
     inputs: dict[str, torch.Tensor]
     rows: Rows
-
-    @property
-    def shares(self) -> tuple[Share, ...]:
-        """Of the micro-batches that it is of."""
-        return self.rows.shares
 
 
 class Fusion:
@@ -162,13 +157,13 @@ class Fusion:
         if not passes:
             return KnownLoss(torch.zeros((), device=trainer.args.device), ())
         step = functools.partial(self._pass, original, trainer, model, num_items_in_batch)
-        counts, losses = HostCounts(trainer), []
+        losses = []
         with self.budget.transient():
             for one in passes[:-1]:
                 with trainer.accelerator.no_sync(model):
                     losses.append(step(one))
             losses.append(step(passes[-1]))
-        counts.settle([batch["labels"] for batch, _ in self.work], [one.rows.labels for one in passes])
+        count_as_host(trainer, [batch["labels"] for batch, _ in self.work], [one.rows.labels for one in passes])
         self._fetch_ahead(trainer)
         settle(trainer)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
@@ -177,7 +172,7 @@ class Fusion:
     def _pass(
         self, original: Callable[..., Any], trainer: Any, model: Any, num_items_in_batch: Any, one: Pass
     ) -> torch.Tensor:
-        with nullcontext() if self.means is None else self.means.of(one.shares):
+        with nullcontext() if self.means is None else self.means.of(one.rows.shares):
             return original(trainer, model, one.inputs, num_items_in_batch)
 
     def compute_loss(self, original: Callable[..., Any], trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:

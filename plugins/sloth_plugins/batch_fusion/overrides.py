@@ -6,8 +6,8 @@ taken for the known one. Options of the trainer's arguments switch on what it do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,8 @@ KNOWN = ("transformers.trainer", "trl.trainer.sft_trainer", "trl.trainer.base_tr
 """Modules whose versions of the loop add the losses of micro-batches, each divided as the host divides it."""
 COUNTS_TOKENS = "include_tkps"
 """Option of Axolotl with which ``compute_loss`` counts the tokens of what it is given, in ``state.tokens``."""
+COUNTERS = {"trainable": "_tkps_trainable_acc", "total": "_tkps_total_acc"}
+"""Where the trainer of Axolotl 0.21 counts them, and adds them to its state when it logs."""
 
 
 class Override(NamedTuple):
@@ -80,30 +82,18 @@ def objections(trainer: Any, model: Any, name: str) -> Iterator[str]:
             yield f"{kind.__name__}.{name} adds inputs for models of the type {model.config.model_type!r}"
 
 
-class HostCounts:
-    """Tokens as the host counts those of its micro-batches, whatever passes.
-
-    In Axolotl 0.21 ``COUNTERS`` of the trainer hold them, and are added to its state when it logs.
-    """
-
-    COUNTERS: ClassVar = {"trainable": "_tkps_trainable_acc", "total": "_tkps_total_acc"}
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer if getattr(trainer.args, COUNTS_TOKENS, False) else None
-
-    def settle(self, batches: Iterable[torch.Tensor], passed: Iterable[torch.Tensor]) -> None:
-        """Count the labels of ``batches`` instead of those that ``passed``."""
-        if self.trainer is None:
-            return
-        wanted, counted = _counts(batches), _counts(passed)
-        for name, counter in self.COUNTERS.items():
-            more = wanted[name] - counted[name]
-            if hasattr(self.trainer, counter):
-                setattr(self.trainer, counter, getattr(self.trainer, counter) + more)
-            else:
-                self.trainer.state.tokens[name] = self.trainer.state.tokens[name] + more
+def count_as_host(trainer: Any, batches: Sequence[torch.Tensor], passed: Sequence[torch.Tensor]) -> None:
+    """Have the trainer count the labels of ``batches`` where it has counted those that ``passed``."""
+    if not getattr(trainer.args, COUNTS_TOKENS, False):
+        return
+    wanted, counted = _counts(batches), _counts(passed)
+    for name, counter in COUNTERS.items():
+        more = wanted[name] - counted[name]
+        if hasattr(trainer, counter):
+            setattr(trainer, counter, getattr(trainer, counter) + more)
+        else:
+            trainer.state.tokens[name] = trainer.state.tokens[name] + more
 
 
-def _counts(labels: Iterable[torch.Tensor]) -> dict[str, int]:
-    own = list(labels)
-    return {"trainable": sum(int((t != IGNORED).sum()) for t in own), "total": sum(t.numel() for t in own)}
+def _counts(labels: Sequence[torch.Tensor]) -> dict[str, int]:
+    return {"trainable": sum(int((t != IGNORED).sum()) for t in labels), "total": sum(t.numel() for t in labels)}

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from sloth_kernels.documents import documents_of
+from sloth_plugins.layer_programs.layouts import BOUNDARIES
 
 IGNORED = -100
 """A label that no loss counts."""
 USED = frozenset({"input_ids", "labels", "attention_mask", "position_ids"})
-SAY_THE_SAME = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
-"""What a batch may carry beside, which the positions say already."""
-
 
 LEAKS = (
     "its position_ids start anew within a row, but it carries an attention_mask too, with which the model's attention "
@@ -95,7 +93,7 @@ def _lengths(kept: Tensor, labels: Tensor, positions: Tensor | None) -> list[int
 
 def _check(batch: Mapping[str, Any]) -> None:
     names = frozenset(name for name, value in batch.items() if value is not None)
-    if strange := names - USED - SAY_THE_SAME:
+    if strange := names - USED - BOUNDARIES:
         raise UnfitError(f"it carries {', '.join(sorted(strange))}")
     if missing := {"input_ids", "labels"} - names:
         raise UnfitError(f"it carries no {', '.join(sorted(missing))}")

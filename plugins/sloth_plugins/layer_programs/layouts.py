@@ -59,7 +59,8 @@ SOFTCAPS = ("attn_logit_softcapping",)
 
 USED = ("attention_mask", "position_embeddings")
 """Arguments of a layer's forward that a program reads."""
-BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+BOUNDARIES = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+"""Where documents begin, which their positions say already."""
 OF_NO_EFFECT = frozenset({"position_ids", "cache_position", "num_items_in_batch", "logits_to_keep", *BOUNDARIES})
 """Those that say nothing to attention by sdpa or eager once the two above are there."""
 FALSY = frozenset({"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"})
