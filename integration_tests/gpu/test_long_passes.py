@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sloth_backend
 from integration_tests.benchmarks.training.rows import start_adapters
+from integration_tests.four_bit import from_bitsandbytes
 from integration_tests.gpu.test_layer_programs import choose_by
 from integration_tests.plugins.layer_programs.common import adapted, quantised, reasons, switched_on
 from sloth_backend.plan import Costs, Level, MemoryPlan
-from sloth_kernels import lora_passes
-from sloth_kernels.adapters import Adapter, LoraLinear, operands_of, plan_of
-from sloth_kernels.frozen_weight import DenseWeight
+from sloth_kernels.adapters import Adapter, LoraLinear
+from sloth_kernels.frozen_weight import Weight4bit
+from sloth_kernels.linears import Linears
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -43,33 +45,30 @@ def _fresh() -> Iterator[None]:
 # Small terms ----------------------------------------------------------------------------------------------------------
 
 
-def surviving(tokens: int, n_in: int, n_out: int) -> float:
-    """The share of an adapter's term in the result of a linear whose weights are made for the product."""
+def surviving(tokens: int, n_in: int, n_out: int, keeps: bool) -> float:
+    """The share of an adapter's term in the result of a linear over 4-bit weights."""
     torch.manual_seed(0)
     made: dict[str, Any] = {"device": DEVICE, "dtype": torch.bfloat16}
-    x_TK, W_NK = torch.randn(tokens, n_in, **made), torch.randn(n_out, n_in, **made).mul_(0.02)
+    x_TK = torch.randn(tokens, n_in, **made)
+    packed, state = functional.quantize_4bit(torch.randn(n_out, n_in, **made).mul_(0.02), quant_type="nf4")
     A_RK = torch.rand(RANK, n_in, **made).mul_(2).sub_(1).mul_(n_in**-0.5)
     B_NR = torch.randn(n_out, RANK, **made).sign_().mul_(UPDATE)
-    linears = [LoraLinear(DenseWeight(W_NK), None, (Adapter(A_RK, B_NR, 1.0),))]
-    plan = plan_of(linears, x_TK.shape, x_TK.dtype, None)
-    (y_TN,), _, _ = lora_passes.forward(x_TK, plan, operands_of(linears))
+    linear = LoraLinear(Weight4bit(from_bitsandbytes(packed, state)), None, (Adapter(A_RK, B_NR, 1.0),))
+    stage = Linears("x", ["y"], lambda: [linear])
+    stage.group.keeps = keeps
+    y_TN, _ = stage.bind(None).forward(x_TK)
     at = torch.randperm(tokens, device=DEVICE)[:SAMPLED]
-    x, W, A, B = (tensor.double() for tensor in (x_TK[at], W_NK, A_RK, B_NR))
+    x, W, A, B = (tensor.double() for tensor in (x_TK[at], linear.weight.dense(torch.bfloat16), A_RK, B_NR))
     term = x @ A.t() @ B.t()
     return (((y_TN[at].double() - x @ W.t()) * term).sum() / term.square().sum()).item()
 
 
 @pytest.mark.parametrize("sizes", [(4096, 1024), (4096, 4096), (4096, 14336), (14336, 4096)], ids=str)
-@pytest.mark.parametrize("tokens", [2048, 32768, 65536])
-@pytest.mark.parametrize("library", ["cublas", "cublaslt"])
-def test_an_adapters_first_update_is_not_lost(library: str, tokens: int, sizes: tuple[int, int]) -> None:
-    """The product with the weight adds to the adapter's term before it rounds."""
-    before = torch.backends.cuda.preferred_blas_library()
-    torch.backends.cuda.preferred_blas_library(library)
-    try:
-        assert surviving(tokens, *sizes) > SURVIVES
-    finally:
-        torch.backends.cuda.preferred_blas_library(before)
+@pytest.mark.parametrize("tokens", [2048, 32768])
+@pytest.mark.parametrize("keeps", [False, True], ids=["made", "kept"])
+def test_an_adapters_first_update_is_not_lost(keeps: bool, tokens: int, sizes: tuple[int, int]) -> None:
+    """cuBLAS would round the product with the weight before it adds the adapter's term, of which a quarter is left."""
+    assert surviving(tokens, *sizes, keeps) > SURVIVES
 
 
 # Plans ----------------------------------------------------------------------------------------------------------------
@@ -77,8 +76,9 @@ def test_an_adapters_first_update_is_not_lost(library: str, tokens: int, sizes: 
 ROWS, LENGTH, VOCABULARY = 16, 2048, 2048
 SIZES = (4096, 14336)
 """Hidden and intermediate, of Llama 8B."""
-TOLERANCE = 0.03
-"""Relative, in Frobenius norms: what another order of bfloat16 roundings leaves of a gradient."""
+TOLERANCE = 0.1
+"""Relative, in Frobenius norms. Another order of bfloat16 roundings moves gradients of queries and keys, small
+differences of large terms, by up to 0.04; those of another layout or of lost terms are off by their own size."""
 
 
 def model_of(hidden: int, intermediate: int) -> Any:
@@ -180,7 +180,7 @@ def test_every_plan_has_the_gradients_of_row_by_row(updated: bool, monkeypatch: 
         for cached in (0, 1):
             planned.level, planned.cached = level.name, cached
             broken += planned.wrong(ids, true, updated)
-    assert not broken
+    assert not broken, "\n".join(broken)
 
 
 def test_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,4 +192,4 @@ def test_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
         for cached in (0, 1, 2):
             planned.level, planned.cached = level.name, cached
             broken += planned.wrong(ids, true, False)
-    assert not broken
+    assert not broken, "\n".join(broken)

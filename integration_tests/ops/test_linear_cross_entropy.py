@@ -203,6 +203,20 @@ def test_any_shape(rows: str, data: st.DataObject) -> None:
     numbers.check(linear_cross_entropy, reference, lambda: call, OP.tolerance[torch.float32])
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu" or launch.interpreting(), reason="of products on a CPU")
+def test_nothing_is_read_of_memory_that_nobody_wrote() -> None:
+    """oneDNN rounds odd rows of bfloat16 up and multiplies what lies behind by 0."""
+    hidden_TH, weight_VH = torch.randn(24, 48).bfloat16().requires_grad_(), torch.randn(99, 48).bfloat16()
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        sums = linear_cross_entropy(hidden_TH, weight_VH, torch.arange(24))
+        sums.loss_sum.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert hidden_TH.grad is not None
+    assert hidden_TH.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("num_items", [None, torch.tensor(17)])
 def test_is_the_models_loss(rows: str, num_items: torch.Tensor | None) -> None:
     """Shifted by padding the labels, over ``num_items_in_batch`` or the number of labels: transformers' own loss."""

@@ -55,6 +55,19 @@ def test_equals_bitsandbytes(blocksize: int, quant_type: str, nested: bool, dtyp
         _assert_equal_bits(ours, nf4.reference(*quantized, dtype=dtype))
 
 
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize(("shape", "room"), [((65, 72), 8), ((3, 1024), 24), ((33, 40), 3), ((37, 41), 7)])
+def test_rows_apart(shape: tuple[int, int], room: int, nested: bool) -> None:
+    """What lies behind the rows stays as it is; rows that are no whole words take the reference."""
+    for dtype in KERNEL_DTYPES:
+        packed, state = _quantize(shape, dtype, compress_statistics=nested)
+        quantized = from_bitsandbytes(packed, state)
+        wide = torch.full((shape[0], shape[1] + room), 7.0, dtype=dtype, device=DEVICE)
+        nf4.forward(quantized, wide[:, : shape[1]])
+        assert torch.equal(wide[:, : shape[1]], nf4.reference(*quantized, dtype=dtype))
+        assert (wide[:, shape[1] :] == 7.0).all()
+
+
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
 def test_storage_dtypes(storage: torch.dtype) -> None:
     packed, state = _quantize((48, 40), torch.float16, quant_storage=storage, compress_statistics=True)

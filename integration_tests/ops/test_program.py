@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from bitsandbytes import functional
 
 from integration_tests.four_bit import from_bitsandbytes
-from sloth_kernels import relief
+from sloth_kernels import joined, launch, relief
 from sloth_kernels.adapters import Adapter, LoraLinear
 from sloth_kernels.frozen_weight import DenseWeight, Weight4bit
 from sloth_kernels.glu_stage import Glu
@@ -271,6 +271,8 @@ class Layer4bit(Layer):
                 reader.taker = maker if isinstance(maker, Glu) else None
             if isinstance(maker, Attention) and isinstance(reader, Linears):
                 reader.dense_gradient = True
+            if isinstance(maker, Linears) and isinstance(reader, Rope):
+                reader.room = maker.gradient_room
         return program
 
 
@@ -283,6 +285,23 @@ def test_kept_dense_weights_change_nothing(bias: bool, scale: float) -> None:
     torch.testing.assert_close(y, true, rtol=1e-4, atol=5e-5)
     for mine, theirs in zip(gradients(y, layer), gradients(true, apart), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=5e-5)
+
+
+def test_one_product_for_the_gradients_of_a_group_whose_weights_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of queries and keys lie side by side, with room for that of the values."""
+    found: list[bool] = []
+    original = joined._side_by_side
+
+    def watched(*args: Any) -> torch.Tensor | None:
+        whole = original(*args)
+        found.append(whole is not None)
+        return whole
+
+    monkeypatch.setattr(joined, "_side_by_side", watched)
+    layer = Layer4bit(keeps=True)
+    gradients(layer.program()(layer.x, layer.constants), layer)
+    gate_up_and_down, qkv = [False, False], [launch.interpreting()]  # elsewhere the rotation takes its reference
+    assert found == gate_up_and_down + qkv
 
 
 def test_kept_dense_weights_follow_the_adapters() -> None:

@@ -80,9 +80,13 @@ def test_sums() -> None:
     assert sums["idle_share"] == pytest.approx(0.65)
     assert sums["launches"] == 3
     assert sums["top"][0]["seconds"] == 2e-5
+    (gap,) = sums["gaps"]
+    assert (gap["at"], gap["seconds"]) == pytest.approx((15e-6, 44e-6))
+    assert (gap["before"], gap["after"]) == ("gemm", "adam")
 
 
 def test_table() -> None:
     text = kernel_phases.table(kernel_phases.summarise(EVENTS, 100))
     assert "| linear products | 0.0 | 0.0 | 20.0% | 2 |" in text
     assert "idle 65.0%" in text
+    assert "| 0.04 | 0.0 | `gemm` | `adam` |" in text

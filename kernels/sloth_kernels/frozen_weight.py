@@ -97,7 +97,15 @@ class Weight4bit:
         """The layer's compute dtype, whatever autocast's, and x's."""
         return self.compute_dtype or x, x
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.quantized.packed.device
+
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """A new matrix, rounded once from float32."""
-        out = torch.empty(tuple(self.quantized.shape), dtype=dtype, device=self.quantized.packed.device)
+        return self.write(torch.empty(tuple(self.shape), dtype=dtype, device=self.device))
+
+    def write(self, out: torch.Tensor) -> torch.Tensor:
+        """The matrix, rounded once to the dtype of ``out`` (N, K), whose rows are contiguous and may lie apart."""
         return nf4.forward(self.quantized, out)

@@ -25,16 +25,18 @@ from sloth_kernels.ops.glu import activation, results_of
 
 
 class Tile(NamedTuple):
-    """How the kernel walks: rows and columns of a tile, programs that share a column block, warps, loads ahead."""
+    """How the kernel walks: rows and columns of a tile, programs that share a column block, warps, loads ahead, and the
+    registers of a thread: with fewer of them more programs wait for memory at a time. None for as many as it likes."""
 
     block_t: int
     block_i: int
     splits: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
-TILE = Tile(32, 64, 5, 4, 2)
+TILE = Tile(32, 64, 7, 4, 2, 128)
 MAX_RANK = 64
 """Of each of the three products: their sums stay in registers."""
 
@@ -174,7 +176,7 @@ def backward(
         dh.dy_TK.stride(0), u_TR.stride(0), dh.A_RK.stride(0), gate_stride, up_stride, gate_t.stride(0), up_t.stride(0),
         VARIANT=variant, WITH_H=with_h, BLOCK_R=_block(u_TR.shape[1]), BLOCK_G=_block(ranks[0]),
         BLOCK_U=_block(ranks[1]), BLOCK_T=tile.block_t, BLOCK_I=tile.block_i, STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
+        num_warps=tile.num_warps, maxnreg=tile.registers,
     )  # fmt: skip
     if splits > 1:
         torch.sum(sums, 0, out=total)

@@ -46,6 +46,14 @@ class Contracted(NamedTuple):
         return self.product_NR.narrow(1, start, count) if there else None
 
 
+class Leading(NamedTuple):
+    """A gradient dy (..., N) in the first columns of a wider matrix, whose last ones are free for others to fill."""
+
+    dy: torch.Tensor
+    whole: torch.Tensor
+    """(..., N + M): dy, what the same stage returned next, and free columns."""
+
+
 def plain(dy: Any) -> Any:
     """The gradient alone."""
-    return dy.dy if isinstance(dy, Contracted) else dy
+    return dy.dy if isinstance(dy, (Contracted, Leading)) else dy

@@ -1,7 +1,8 @@
 """The stage of linears that share an input, with their adapters.
 
-Where the dense weights are kept (``dense_cache.py``) and everything is of one dtype, a weight and its adapters are one
-product each way; in all other cases ``lora_passes.py`` computes the group.
+Where the weights have 4 bits and everything is computed in one dtype, a weight and its adapters are one product each
+way (``joined.py``), of a dense matrix that is kept (``dense_cache.py``) or made for the product; in all other cases
+``lora_passes.py`` computes the group.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sloth_kernels import lora_passes
+from sloth_kernels import joined, lora_passes
 from sloth_kernels.adapters import LoraLinear, Operands, Plan, Siblings
-from sloth_kernels.dense_cache import DenseGroup, Joined
+from sloth_kernels.dense_cache import DenseGroup
 from sloth_kernels.frozen_weight import Weight4bit
 from sloth_kernels.gradients import Contracted, LowRankSum, SumTaker, plain
 from sloth_kernels.products import in_dtype, product, rows, split
@@ -71,6 +72,8 @@ class Linears(NamedStage):
         """The stage that made x, where it takes a ``LowRankSum`` for the gradient of it."""
         self.dense_gradient = False
         """Whether the stage that made x would copy a gradient of it whose rows are apart."""
+        self.copies_x = True
+        """Whether the stage that made x leaves no columns free behind it."""
 
     def forget(self) -> None:
         """Keep no tensor of its linears until it is bound again; what they cost is still known."""
@@ -79,11 +82,15 @@ class Linears(NamedStage):
 
     def room(self) -> int:
         """The columns that it would have behind x, as it was bound last."""
-        return self._columns if self.group.keeps else 0
+        return self._columns
+
+    def gradient_room(self) -> int:
+        """The columns that it would have behind the gradients of all its results but the last, for that one."""
+        return self.forms()[-1].shape[0] if self._columns and self.group.keeps else 0
 
     def contractions(self) -> Sequence[tuple[int, int]]:
         """Of which columns of t, (first, count), each dy's product is of use, as it was bound last; 0 where of none."""
-        if self._siblings is None or not self.group.keeps:
+        if self._siblings is None or not self._siblings.in_4bit:
             return [(0, 0)] * (len(self.writes) - 1)
         first, wanted = 0, []
         for _, _, adapters in self._siblings.linears:
@@ -103,9 +110,17 @@ class Linears(NamedStage):
         return sum(2.0 * tokens * math.prod(form.shape) for form in self.forms())
 
     def workspace(self, tokens: int, widths: Mapping[str, float], autocast: torch.dtype | None) -> int:
-        """The largest dense weight that is made for its product, and what wide adapters have x, dx and dy cast to."""
-        dense = max((2 * math.prod(form.shape) for form in self._in_4bit()), default=0)
+        """The largest dense weight that is made for its product, with x copied beside the adapters' columns where it
+        has no room for them, and what wide adapters have x, dx and dy cast to."""
+        rank = sum(form.rank for form in self.forms())
+        dense = max((self._joined_bytes(form.shape[0], form.shape[1], rank) for form in self._in_4bit()), default=0)
+        if dense and self.copies_x:
+            dense += self._joined_bytes(tokens, self.forms()[0].shape[1], rank)
         return dense + int(tokens * max((self._wide_bytes(form, widths, autocast) for form in self.forms()), default=0))
+
+    @staticmethod
+    def _joined_bytes(rows_: int, n_in: int, rank: int) -> int:
+        return 2 * rows_ * (n_in + joined.columns_for(rank))
 
     def _wide_bytes(self, form: _Form, widths: Mapping[str, float], autocast: torch.dtype | None) -> float:
         """Bytes a token of copies in the dtype of its adapters, where that is wider than x's."""
@@ -120,8 +135,8 @@ class Linears(NamedStage):
     def dense_bytes(self) -> int:
         """Bytes of the dense copies that its group would keep, in 16 bits, with the adapters' columns."""
         forms = self._in_4bit()
-        columns = self.group.columns_for(sum(form.rank for form in forms))
-        return sum(2 * form.shape[0] * (form.shape[1] + columns) for form in forms)
+        rank = sum(form.rank for form in forms)
+        return sum(self._joined_bytes(*form.shape, rank) for form in forms)
 
     def _in_4bit(self) -> list[_Form]:
         return [form for form in self.forms() if form.in_4bit]
@@ -131,7 +146,7 @@ class Linears(NamedStage):
         linears, siblings = self.read(), self._siblings
         if siblings is None or not siblings.are(linears, autocast):
             siblings = self._siblings = Siblings(linears, autocast)
-            self._columns = self.group.columns(linears)
+            self._columns = joined.columns_of(linears) if siblings.in_4bit else 0
             self._forms = None
             self.forms()
         return BoundLinears(self, siblings)
@@ -151,10 +166,13 @@ class BoundLinears:
         plan = siblings.plan(x)
         if residual is not None:
             self.residual_dtype = residual.dtype
-        if plan.dtype == x.dtype and siblings.in_4bit and self.stage.group.keeps:
+        if self._joins(plan, x):
             return self._forward_joined(x, self.stage.group.joined(siblings, x.dtype), residual)
         ys, banks_t, self.draws = lora_passes.forward(x, plan, siblings.operands, self.draws)
         return (*ys, banks_t) if residual is None else (residual + ys[0], banks_t)
+
+    def _joins(self, plan: Plan, x: torch.Tensor) -> bool:
+        return plan.dtype == x.dtype and self.siblings.in_4bit
 
     @property
     def recordable(self) -> bool:
@@ -164,51 +182,36 @@ class BoundLinears:
     def marks(self) -> list[Any]:
         """What its products read."""
         group, siblings = self.stage.group, self.siblings
-        return [siblings, group.keeps, group.made(siblings) if group.keeps else None]
+        return [siblings, group.keeps, group.kept(siblings)]
 
     def drops(self) -> bool:
         """Whether an adapter draws dropout masks."""
         return any(adapter.dropout for linear in self.siblings.linears for adapter in linear.adapters)
 
-    def _forward_joined(self, x: torch.Tensor, made: Joined, residual: torch.Tensor | None) -> tuple[Any, ...]:
-        biases, lead = self.siblings.operands.biases, x.shape[:-1]
-        x_TK = rows(x)
-        t_TR = self._inner(x_TK, made)
-        joined_x = _beside(x_TK, t_TR, made.weights[0].shape[1])
+    def _forward_joined(self, x: torch.Tensor, made: joined.Joined, residual: torch.Tensor | None) -> tuple[Any, ...]:
+        biases, lead, x_TK = self.siblings.operands.biases, x.shape[:-1], rows(x)
+        t_TR = x_TK.new_empty(len(x_TK), 0) if made.A_RK is None else torch.mm(x_TK, made.A_RK.t())
+        joined_x = joined.beside(x_TK, t_TR, made.width)
         # A product adds one matrix for free: a residual of its dtype, where no bias takes the place.
         taken = residual is not None and biases[0] is None and residual.dtype == x.dtype
         addend = rows(residual) if residual is not None and taken else None
         ys = []
-        for W_JN, bias_N in zip(made.transposed, biases, strict=True):
-            first = bias_N if addend is None else addend
-            if joined_x is None:
-                y = _apart(x_TK, t_TR, W_JN, bias_N, addend)
-            else:
-                y = torch.mm(joined_x, W_JN) if first is None else torch.addmm(first, joined_x, W_JN)
-            ys.append(y.view(*lead, y.shape[1]))
+        for i, bias_N in enumerate(biases):
+            y_TN = joined.forward_one(joined_x, made, i, bias_N, addend)
+            ys.append(y_TN.view(*lead, y_TN.shape[1]))
         return (*ys, [t_TR]) if residual is None or taken else (residual + ys[0], [t_TR])
-
-    def _inner(self, x_TK: torch.Tensor, made: Joined) -> torch.Tensor:
-        """t (T, R), of all adapters side by side."""
-        A_RK = self._A(made)
-        return x_TK.new_empty(len(x_TK), 0) if A_RK is None else torch.mm(x_TK, A_RK.t())
-
-    def _A(self, made: Joined) -> torch.Tensor | None:
-        """All adapters' A (R, K); None where there are no adapters."""
-        As = self.siblings.operands.As
-        return made.A_RK if made.A_RK is not None or not As else As[0]
 
     def backward(
         self, values: Mapping[str, Any], dys: Sequence[Any], dxs: Sequence[Any], wants: Sequence[bool]
     ) -> Grads:
         x, banks_t = (values[name] for name in self.stage.needs)
         siblings, reads = self.siblings, len(self.stage.reads)
-        plan, made = siblings.plan(x), self.stage.group.made(siblings)
+        plan = siblings.plan(x)
         pairs = zip(dys, plan.dtypes, strict=False)
         own = [None if dy is None else in_dtype(plain(dy), y_dtype) for dy, (_, y_dtype) in pairs]
         there = [dy for dy in own if dy is not None]
-        if made is not None and plan.dtype == x.dtype and wants[0] and len(there) == len(own):
-            dx, flat = self._backward_joined(values, dys, [rows(dy) for dy in there], wants[reads:], made, dxs[0])
+        if self._joins(plan, x) and wants[0] and len(there) == len(own):
+            dx, flat = self._backward_joined(values, dys, [rows(dy) for dy in there], wants[reads:], dxs[0])
         else:
             needs = Operands.of(plan, wants[reads:])
             saved = lora_passes.Saved(
@@ -226,7 +229,6 @@ class BoundLinears:
         given: Sequence[Any],
         dys: Sequence[torch.Tensor],
         needs: Sequence[bool],
-        made: Joined,
         dx: Any,
     ) -> tuple[LowRankSum | torch.Tensor, list[torch.Tensor | None]]:
         """dx (T, K), and the gradients of the operands, which are in the order of ``flattened``.
@@ -235,22 +237,18 @@ class BoundLinears:
             values: those that the stage needs.
             given: the gradients of its results as they came, ``dys`` are those (T, N).
             needs: which of the operands' are wanted.
-            made: what forward's products read.
             dx: what other stages have added to it.
         """
         x, (t_TR,) = (values[name] for name in self.stage.needs)
         n, m = len(dys), len(self.siblings.operands.As)
         grads: list[torch.Tensor | None] = [None] * (2 * (n + m))
-        if self.stage.dense_gradient:
-            parts = [_parts(weight, x.shape[-1], t_TR.shape[1]) for weight in made.weights]
-            dx_TK, u_TR = (_product_sum(dys, weights) for weights in zip(*parts, strict=True))
-        else:
-            dx_TK, u_TR = _parts(_product_sum(dys, made.weights), x.shape[-1], t_TR.shape[1])
+        made = self.stage.group.again(self.siblings, x.dtype)
+        product_of = joined.backward_apart if self.stage.dense_gradient else joined.backward_both
+        dx_TK, u_TR = product_of(dys, made, x.shape[-1], t_TR.shape[1], given[0])
         for i, dy in enumerate(dys):
             if needs[n + i]:
                 grads[n + i] = dy.sum(0, dtype=self.siblings.operands.biases[i].dtype)
-        A_RK = self._A(made)
-        if A_RK is None:
+        if made.A_RK is None:
             return dx_TK, grads
         first, ranks, taker = 2 * n, self.siblings.plan(x).banks[0].ranks, self.stage.taker if dx is None else None
         dA_RK, is_owed = None, False
@@ -260,8 +258,8 @@ class BoundLinears:
             grads[first : first + m] = split(dA_RK, ranks, 0)
         grads[first + m :] = self._dBs(self.siblings.plan(x), given, dys, t_TR, needs[first + m :])
         if taker is None:
-            return dx_TK.addmm_(u_TR, A_RK), grads
-        return LowRankSum(dx_TK, u_TR, A_RK, dA_RK if is_owed else None), grads
+            return dx_TK.addmm_(u_TR, made.A_RK), grads
+        return LowRankSum(dx_TK, u_TR, made.A_RK, dA_RK if is_owed else None), grads
 
     def _dA(self, u_TR: torch.Tensor, x_TK: torch.Tensor, is_owed: bool) -> torch.Tensor:
         """uᵀ x (R, K); only the memory for it where it is left to another stage."""
@@ -290,46 +288,3 @@ class BoundLinears:
             grads.append(grad)
             first += count
         return grads
-
-
-def _beside(x_TK: torch.Tensor, t_TR: torch.Tensor, width: int) -> torch.Tensor | None:
-    """[x | t | 0] (T, width), in the columns that were left free behind x; None where there are none."""
-    n_in, rank = x_TK.shape[1], t_TR.shape[1]
-    if x_TK.stride() != (width, 1) or n_in == width:
-        return None
-    joined = x_TK.as_strided((x_TK.shape[0], width), (width, 1))
-    _, own_TR, *rest = joined.split_with_sizes((n_in, rank, width - n_in - rank), 1)
-    own_TR.copy_(t_TR)
-    if n_in + rank < width:
-        rest[0].zero_()
-    return joined
-
-
-def _parts(joined: torch.Tensor, width: int, rank: int, dim: int = 1) -> Sequence[torch.Tensor]:
-    """Views of the first ``width`` columns, or rows, and of the next ``rank``; one call costs less than two slices."""
-    return joined.split_with_sizes((width, rank, joined.shape[dim] - width - rank), dim)[:2]
-
-
-def _product_sum(lefts: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of the products of pairs."""
-    total = torch.mm(lefts[0], rights[0])
-    for left, right in zip(lefts[1:], rights[1:], strict=True):
-        total.addmm_(left, right)
-    return total
-
-
-def _apart(
-    x_TK: torch.Tensor,
-    t_TR: torch.Tensor,
-    W_JN: torch.Tensor,
-    bias_N: torch.Tensor | None,
-    addend: torch.Tensor | None,
-) -> torch.Tensor:
-    """The product with W_JN (K + columns, N) in two. The short one goes first, for the long one to add to: a term that
-    is added to what has been rounded is lost where it is small, as an adapter's is after its first update."""
-    rank, more = t_TR.shape[1], bias_N if addend is None else addend
-    W_KN, B_RN = _parts(W_JN, x_TK.shape[1], rank, 0)
-    if not rank:
-        return torch.mm(x_TK, W_KN) if more is None else torch.addmm(more, x_TK, W_KN)
-    y = torch.mm(t_TR, B_RN).addmm_(x_TK, W_KN)
-    return y if more is None else y.add_(more)

@@ -114,7 +114,8 @@ def _linear(
     terms: list[tuple[torch.Tensor, torch.Tensor, float]],
 ) -> None:
     """Fill y. The terms go first, for the long product to add to in its last step: coming after, they would read y once
-    more, and be lost in its rounding where they are small. A bias comes last."""
+    more. (On a CPU the sum is rounded once then; cuBLAS rounds the long product before it adds, as stock does.) A bias
+    comes last."""
     for nth, (t_TR, B_RN, scale) in enumerate(terms):
         add_product(y_TN, t_TR, B_RN, scale, first=nth == 0)
     W_KN = weight.dense(x_TK.dtype).t()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sloth_kernels.gradients import Leading
 from sloth_kernels.op import Op
 from sloth_kernels.ops import attention, rms_norm, rope
 from sloth_kernels.ops.attention import AttentionSpec
@@ -158,11 +159,16 @@ HEADS_AT = 2
 
 
 class Rope(NamedStage):
-    """Rotary position embedding: queries, keys, cos, sin -> queries, keys."""
+    """Rotary position embedding: queries, keys, cos, sin -> queries, keys.
 
-    def __init__(self, q: str, k: str, q_out: str, k_out: str, head_width: int, variant: str, op: Op) -> None:
+    In backward ``room`` columns are left free behind the gradients of both, which lie side by side then.
+    """
+
+    def __init__(
+        self, q: str, k: str, q_out: str, k_out: str, head_width: int, variant: str, op: Op, room: Room = no_room
+    ) -> None:
         super().__init__((q, k, "cos", "sin"), (q_out, k_out), ("cos", "sin"))
-        self.head_width, self.variant, self.op = head_width, variant, op
+        self.head_width, self.variant, self.op, self.room = head_width, variant, op, room
 
     def bind(self, autocast: torch.dtype | None) -> _BoundRope:
         return _BoundRope(self)
@@ -190,6 +196,8 @@ class _BoundRope:
         stage = self.stage
         dq, dk = (by_head(dy, stage.head_width) for dy in dys)
         if stage.op.fn is rope.rope and rope.kernel_takes(dq, dk, cos, sin, stage.variant, HEADS_AT):
+            if dxs[0] is None and dxs[1] is None and (room := stage.room()):
+                return (*self._with_room(dq, dk, cos, sin, room), None, None), ()
             dq, dk = rope.backward(dq, dk, cos, sin, stage.variant, HEADS_AT, self.dtype)
         else:
             # The rotation is linear: its gradient is the same wherever it is taken.
@@ -197,6 +205,16 @@ class _BoundRope:
             turned = vjp(lambda q, k: stage.op.fn(q, k, cos, sin, stage.variant, HEADS_AT), at, (dq, dk), (True, True))
             dq, dk = (torch.zeros_like(a) if d is None else d for a, d in zip(at, turned, strict=True))
         return (plus(dxs[0], dq.flatten(2)), plus(dxs[1], dk.flatten(2)), None, None), ()
+
+    def _with_room(
+        self, dq: torch.Tensor, dk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, room: int
+    ) -> tuple[Leading, torch.Tensor]:
+        widths, stage = [dq.shape[2:].numel(), dk.shape[2:].numel(), room], self.stage
+        whole = dq.new_empty(*dq.shape[:2], sum(widths), dtype=self.dtype)
+        q_part, k_part, _ = whole.split(widths, dim=-1)
+        out = by_head(q_part, stage.head_width), by_head(k_part, stage.head_width)
+        rope.backward_into((dq, dk), out, cos, sin, stage.variant, HEADS_AT)
+        return Leading(q_part, whole), k_part
 
 
 class Attention(NamedStage):

@@ -35,6 +35,7 @@ PHASES = (*(phase for phase, _ in PATTERNS), "other")
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 TOP = 25
+GAPS = 12
 
 
 def phase_of(kernel: str) -> str:
@@ -60,6 +61,21 @@ def busy_microseconds(events: Iterable[Event]) -> float:
     return total
 
 
+def longest_gaps(events: Iterable[Event]) -> list[dict[str, Any]]:
+    """Where nothing ran for longest between the first and the last of ``events``: when, for how long, what ran before
+    and what after."""
+    first, *others = sorted(events, key=lambda event: event["ts"])
+    gaps, last = list[dict[str, Any]](), first
+    for event in others:
+        end = last["ts"] + last["dur"]
+        if event["ts"] > end:
+            at, seconds = (end - first["ts"]) / 1e6, (event["ts"] - end) / 1e6
+            gaps.append({"at": at, "seconds": seconds, "before": last["name"][:80], "after": event["name"][:80]})
+        if event["ts"] + event["dur"] > end:
+            last = event
+    return sorted(gaps, key=lambda gap: -gap["seconds"])[:GAPS]
+
+
 def summarise(events: list[Event], span_microseconds: float) -> dict[str, Any]:
     """Sums of one step.
 
@@ -69,7 +85,7 @@ def summarise(events: list[Event], span_microseconds: float) -> dict[str, Any]:
 
     Returns:
         ``phases``: phase -> seconds ``forward`` and ``backward``, ``launches``; ``step_seconds``, ``busy_seconds``,
-        ``idle_share`` of the GPU, ``launches``, and the ``top`` kernels by time.
+        ``idle_share`` of the GPU, ``launches``, the ``top`` kernels by time, and the longest ``gaps`` between them.
     """
     device = [event for event in events if event.get("cat") in ON_DEVICE]
     direction = directions(events)
@@ -90,6 +106,7 @@ def summarise(events: list[Event], span_microseconds: float) -> dict[str, Any]:
         "launches": len(device),
         "phases": {name: phases[name] for name in PHASES if name in phases},
         "top": [{"kernel": name[:160], "seconds": seconds, "launches": count} for seconds, count, name in top],
+        "gaps": longest_gaps(device),
     }
 
 
@@ -118,4 +135,8 @@ def table(profile: dict[str, Any]) -> str:
     for row in profile["top"]:
         name = row["kernel"].replace("|", "\\|")
         lines.append(f"| `{name}` | {row['seconds'] * 1e3:.1f} | {row['launches']:,} |")
+    lines += ["", "| idle for ms | at ms | after | before |", "|--:|--:|---|---|"]
+    for gap in profile["gaps"]:
+        around = " | ".join(f"`{gap[side]}`".replace("|", "\\|") for side in ("before", "after"))
+        lines.append(f"| {gap['seconds'] * 1e3:.2f} | {gap['at'] * 1e3:.1f} | {around} |")
     return "\n".join(lines) + "\n"

@@ -183,6 +183,8 @@ def _forward(
     logit_bytes = hidden_TH.element_size() + temporaries * wide.itemsize
     step = opt.chunk_rows or rows_per_chunk(n_rows, stride * logit_bytes, opt.logits_bytes)
     buffer = hidden_TH.new_empty(min(step, n_rows), stride)
+    if not buffer.is_cuda:
+        buffer[:, n_vocab:].zero_()  # oneDNN multiplies what lies behind odd rows of bfloat16 by 0, and NaN stays NaN
     stats_3N = hidden_TH.new_empty(3, n_rows, dtype=wide)
     # A float16 dW stays float32 until the upstream scalar is known: unlike stock's mean, the sum may exceed 65,504.
     weight_sum = torch.bfloat16 if bf16_weight and (n_rows <= step or opt.rounded_sums) else wide

@@ -11,7 +11,7 @@ Zeros may differ in sign where a code holds two zeros (FP4).
 Layout: the weights in row-major order, two to a byte, the first in the high four bits; ``code`` is a table of 16
 float32 values, so NF4, FP4 and any other 4-bit type are the same to the kernel. It is one launch: each thread turns
 four packed bytes into eight weights, stored as 16 bytes at a time in 16-bit dtypes; the table of 64 bytes stays in L1,
-and absmax is worked out once for each four bytes.
+and absmax is worked out once for each four bytes. Rows may be written apart, for others to lie behind them.
 Left out: a gradient (4-bit weights are frozen). Blocks that are no multiple of 8, absmax in another dtype than float32
 or uint8, and 2³¹ weights or more (bitsandbytes cannot quantise those) take the reference.
 
@@ -86,7 +86,8 @@ def reference(
 @triton.jit
 def _dequantize_kernel(
     packed_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, out_ptr, n_bytes, n_weights,
-    WORDS_PER_BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, BLOCK_W: tl.constexpr,
+    row_stride, WORDS_PER_BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, WORDS_PER_ROW: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK_W
     words = tl.arange(0, BLOCK_W)
@@ -101,18 +102,26 @@ def _dequantize_kernel(
         scale = tl.load(nested_absmax_ptr + block // NESTED_BLOCK, mask=live, other=0.0)
         absmax = tl.load(nested_code_ptr + absmax.to(tl.uint32)) * scale + tl.load(offset_ptr)
     pairs = tl.join(tl.load(code_ptr + (packed >> 4)), tl.load(code_ptr + (packed & 15)))
-    weights = tl.reshape(tl.reshape(pairs, [BLOCK_W, 8]) * absmax[:, None], [8 * BLOCK_W])
-    cols = tl.arange(0, 8 * BLOCK_W)
-    tl.store(out_ptr + first * 8 + cols, weights.to(out_ptr.dtype.element_ty), mask=cols < n_weights - first * 8)
+    weights = (tl.reshape(pairs, [BLOCK_W, 8]) * absmax[:, None]).to(out_ptr.dtype.element_ty)
+    if WORDS_PER_ROW > 0:
+        row = (first + words) // WORDS_PER_ROW
+        at = row * row_stride + (first + words - row * WORDS_PER_ROW) * 8
+        tl.store(out_ptr + at[:, None] + tl.arange(0, 8)[None, :], weights, mask=live[:, None])
+    else:
+        cols = tl.arange(0, 8 * BLOCK_W)
+        flat = tl.reshape(weights, [8 * BLOCK_W])
+        tl.store(out_ptr + first * 8 + cols, flat, mask=cols < n_weights - first * 8)
 
 
 def forward(quantized: Quantized4bit, out: torch.Tensor) -> torch.Tensor:
-    """Write the weight to ``out``, of its shape and contiguous; checks nothing that ``check`` does."""
+    """Write the weight to ``out``, of its shape and contiguous, or with rows that are contiguous and lie apart.
+
+    Checks nothing that ``check`` does.
+    """
     if out.numel() == 0:
         return out
-    absmax_dtype = torch.float32 if quantized.nested_absmax is None else torch.uint8
-    fits = quantized.blocksize % 8 == 0 and quantized.absmax.dtype == absmax_dtype and out.numel() < 2**31
-    if not fits or not runs_triton(out, quantized.code):
+    row_stride = 0 if out.is_contiguous() else out.stride(0)
+    if not _kernel_takes(quantized, out, row_stride) or not runs_triton(out, quantized.code):
         return reference(*quantized, dtype=out.dtype, out=out)
     packed = quantized.packed.view(torch.uint8)
     _dequantize_kernel(
@@ -126,13 +135,25 @@ def forward(quantized: Quantized4bit, out: torch.Tensor) -> torch.Tensor:
         out,
         packed.numel(),
         out.numel(),
+        row_stride,
         WORDS_PER_BLOCK=quantized.blocksize // 8,
         NESTED_BLOCK=0 if quantized.nested_absmax is None else quantized.nested_blocksize,
+        WORDS_PER_ROW=out.shape[-1] // 8 if row_stride else 0,
         BLOCK_W=WORDS,
         num_warps=WARPS,
         enable_fp_fusion=False,
     )
     return out
+
+
+def _kernel_takes(quantized: Quantized4bit, out: torch.Tensor, row_stride: int) -> bool:
+    """Whether a thread's eight weights share an absmax, lie side by side and are stored at once."""
+    absmax_dtype = torch.float32 if quantized.nested_absmax is None else torch.uint8
+    if quantized.blocksize % 8 or quantized.absmax.dtype != absmax_dtype:
+        return False
+    if not row_stride:
+        return out.numel() < 2**31
+    return out.dim() == 2 and not out.shape[1] % 8 and not row_stride % 8 and out.shape[0] * row_stride < 2**31
 
 
 def dequantize_4bit(

@@ -241,8 +241,15 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and k in ``dtype``, theirs, laid out as dq and dk."""
     out = _empty_like(dq, dtype), _empty_like(dk, dtype)
-    _launch((dq, dk), out, cos, sin, variant, unsqueeze_dim, transposed=True)
+    backward_into((dq, dk), out, cos, sin, variant, unsqueeze_dim)
     return out
+
+
+def backward_into(
+    grads: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, variant: str, unsqueeze_dim: int
+) -> None:
+    """Write gradients of q and k to ``out``, in any layout whose heads are contiguous; ``grads`` are dq' and dk'."""
+    _launch(grads, out, cos, sin, variant, unsqueeze_dim, transposed=True)
 
 
 class _Rope(torch.autograd.Function):
@@ -267,7 +274,7 @@ class _Rope(torch.autograd.Function):
             torch.empty_strided(grad.shape, stride, dtype=ctx.dtype, device=grad.device)
             for grad, stride in zip((dq_out, dk_out), ctx.strides, strict=True)
         )
-        _launch((dq_out, dk_out), (dq, dk), cos, sin, ctx.variant, ctx.unsqueeze_dim, transposed=True)
+        backward_into((dq_out, dk_out), (dq, dk), cos, sin, ctx.variant, ctx.unsqueeze_dim)
         return dq, dk, None, None, None, None
 
 

@@ -201,14 +201,22 @@ class _Assembly:
         readers = Counter(stage.reads[0] for stage in self.stages if isinstance(stage, Linears))
         makers = {name: stage for stage in self.stages for name in stage.writes}
         for stage in self.stages:
+            if isinstance(stage, Rope):
+                self._leave_gradient_room(stage, makers.get(stage.reads[0]))
             if not isinstance(stage, Linears):
                 continue
             x = stage.reads[0]
             maker = makers.get(x)
             stage.dense_gradient = isinstance(maker, Attention)
             if isinstance(maker, (Norm, Glu)) and readers[x] == 1:
-                maker.room = stage.room
+                maker.room, stage.copies_x = stage.room, False
                 stage.taker = maker if isinstance(maker, Glu) else None
+
+    @staticmethod
+    def _leave_gradient_room(stage: Rope, maker: Any) -> None:
+        """Queries, keys and values of one group have one gradient of their input."""
+        if isinstance(maker, Linears) and maker.writes[:-2] == stage.reads[:2]:
+            stage.room = maker.gradient_room
 
     @staticmethod
     def _first(module: nn.Module, names: Sequence[str], default: Any) -> Any:

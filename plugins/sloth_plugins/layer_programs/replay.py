@@ -80,14 +80,16 @@ class Replays:
         return True
 
     def _is_worth_it(self, shape: Shape, plan: MemoryPlan) -> bool:
-        if any(level.offloaded or level.tile_rows for level in plan.levels) or self.planner.is_sharded():
-            return False  # a recording reads parameters where they were
+        # Of long passes, which are not, this is asked every time: what walks the model comes last.
+        if not self.planner.waits_for_host(shape) or any(level.offloaded or level.tile_rows for level in plan.levels):
+            return False
         # What layers keep, and a layer's output, its gradient, and what attention made that is copied.
         hidden = int(self.planner.traced[shape.autocast][0].widths[INPUT] * shape.tokens)
         needed = sum(max(0, level.device_bytes) + 4 * hidden for level in plan.levels)
         peak = max(chosen.plan.predicted_peak_bytes for chosen in self.planner.plans.values())
-        fits = plan.budget_bytes is None or peak + needed <= plan.budget_bytes
-        return fits and self.planner.waits_for_host(shape)
+        if plan.budget_bytes is not None and peak + needed > plan.budget_bytes:
+            return False
+        return not self.planner.is_sharded()  # a recording reads parameters where they were
 
     def give_up(self) -> bool:
         """Let go of all recordings and make none from now on; whether there were any."""
