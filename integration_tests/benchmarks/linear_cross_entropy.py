@@ -103,10 +103,10 @@ def sweep(dtype: torch.dtype, rows: int = 2048, vocab: int = 128256) -> list[dic
     labels = torch.randint(vocab, (rows,), device=CUDA)
     stats = torch.empty(3, rows, device=CUDA)
     found = []
-    for block, warps, stages in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16, 32), (1, 2, 3, 4)):
+    for block, warps, per in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16, 32), (4, 8, 16)):
         if not 4 <= block // (32 * warps) <= 16:
             continue
-        launch = {"BLOCK_V": block, "NUM_WARPS": warps, "NUM_STAGES": stages}
+        launch = {"BLOCK_V": block, "NUM_WARPS": warps, "PER": per}
         for name, value in launch.items():
             setattr(cross_entropy_rows, name, value)
         times = [
