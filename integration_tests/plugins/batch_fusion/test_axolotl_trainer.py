@@ -26,7 +26,8 @@ import sloth_backend
 from integration_tests import tiny
 from integration_tests.hosts.trl_runs import lora
 from integration_tests.plugins.batch_fusion.trainers import ARGS, TOKENIZER, assert_same, findings, rows, run
-from sloth_plugins.batch_fusion.fusion import LOOP, _inputs
+from sloth_plugins.batch_fusion.fusion import LOOP
+from sloth_plugins.batch_fusion.laid import Laid
 from sloth_plugins.batch_fusion.overrides import objections
 from sloth_plugins.batch_fusion.rows import UnfitError, rows_of
 
@@ -121,6 +122,12 @@ def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits
 
 
+def passed_alone(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the model is called with for a step of this batch alone."""
+    laid = Laid.of([batch], [rows_of(batch)], torch.device("cpu"))
+    return laid.sent(laid.parts, torch.device("cpu"))[0].inputs
+
+
 def beside_another(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same batch, with other tokens in the first document."""
     return {**batch, "input_ids": torch.cat([batch["input_ids"][:, :7] + 9, batch["input_ids"][:, 7:]], 1)}
@@ -144,9 +151,7 @@ def test_documents_do_not_see_each_other_and_their_logits_are_those_of_stock() -
     ours = sloth_backend.optimize(copy.deepcopy(model), config={"print_report": False})
     laid = rows_of(batch)
     assert laid.lengths == (9, 12, 11, 7, 20, 5)
-    passed, other = (
-        logits(ours, _inputs(rows_of(b), torch.device("cpu"))).view_as(stock) for b in (batch, beside_another(batch))
-    )
+    passed, other = (logits(ours, passed_alone(b)).view_as(stock) for b in (batch, beside_another(batch)))
     torch.testing.assert_close(passed, stock, rtol=1e-5, atol=1e-5)
     assert torch.equal(passed[0, 9:], other[0, 9:])
     assert torch.equal(passed[1, 7:], other[1, 7:])

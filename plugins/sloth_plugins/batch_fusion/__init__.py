@@ -1,9 +1,9 @@
 """Batch fusion: the micro-batches of an accumulation step pass together, without padding.
 
-``documents`` keeps rows apart that are laid end to end, ``rows`` takes batches apart and lays them, ``budget`` says how
-many passes pay, ``fusion`` puts them into the trainer's loop, ``means`` weighs micro-batches as the host does,
-``obstacles`` are the reasons not to, ``next_tokens`` and ``overrides`` some of them. docs/batch-fusion.md tells the
-whole.
+``documents`` keeps rows apart that are laid end to end, ``rows`` takes batches apart and lays them, ``laid`` is a step
+of them, ``budget`` says how many passes pay, ``fusion`` puts them into the trainer's loop, ``ahead`` fetches the next
+step's while the device is busy, ``means`` weighs micro-batches as the host does, ``obstacles`` are the reasons not to,
+``next_tokens`` and ``overrides`` some of them. docs/batch-fusion.md tells the whole.
 """
 
 from __future__ import annotations

@@ -27,6 +27,11 @@ class Ahead:
             except Exception as failure:
                 self._failure = failure
 
+    @property
+    def fetched(self) -> tuple[Any, ...]:
+        """The items at hand, the next one first."""
+        return tuple(self._fetched)
+
     def __iter__(self) -> Iterator[Any]:
         return self
 

@@ -16,34 +16,27 @@ import logging
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from contextlib import nullcontext, suppress
+from typing import Any
 
 import torch
 
 from sloth_backend import ranks
 from sloth_backend.findings import Edits
-from sloth_kernels.documents import remember
 from sloth_plugins.batch_fusion.ahead import Ahead
 from sloth_plugins.batch_fusion.bookkeeping import settle, unhurried
 from sloth_plugins.batch_fusion.budget import Budget
 from sloth_plugins.batch_fusion.known_loss import KnownLoss
+from sloth_plugins.batch_fusion.laid import Laid, Pass
 from sloth_plugins.batch_fusion.later import Copy
 from sloth_plugins.batch_fusion.means import Means
 from sloth_plugins.batch_fusion.overrides import count_as_host
-from sloth_plugins.batch_fusion.rows import Rows, UnfitError, divided, joined, positions, rows_of
+from sloth_plugins.batch_fusion.rows import Rows, UnfitError, rows_of
 
 log = logging.getLogger(__name__)
 
 LOOP = ("get_batch_samples", "training_step", "compute_loss", "get_train_dataloader")
 """The trainer's methods that are replaced, and that it may not have written anew."""
-
-
-class Pass(NamedTuple):
-    """What the model is called with once, and what that is of micro-batches."""
-
-    inputs: dict[str, torch.Tensor]
-    rows: Rows
 
 
 class Fusion:
@@ -64,8 +57,10 @@ class Fusion:
         self.work: list[tuple[Any, list[Pass]]] = []
         """Micro-batches of the step, each with the passes that it stands for."""
         self.ahead: Ahead | None = None
+        self.laid: Laid | None = None
+        """The micro-batches that are expected next."""
         self.on_host = False
-        """Whether batches are in host memory, and the count of their tokens is wanted by this process alone."""
+        """Whether batches are in host memory."""
         self.losses: list[Copy] = []
         """Those of the passes of the step that runs, on their way to the host."""
         self.told: set[str] = set()
@@ -86,7 +81,7 @@ class Fusion:
         loader = original(trainer)
         if getattr(loader, "device", None) is not None and hasattr(loader, "synchronized_generator"):
             loader.device = None
-            self.on_host = not trainer.accelerator.use_distributed
+            self.on_host = True
         return loader
 
     def get_batch_samples(
@@ -95,39 +90,52 @@ class Fusion:
         """The host's micro-batches, with the passes that will be made of them noted."""
         if self.ahead is None or self.ahead.iterator is not epoch_iterator:
             self.ahead = Ahead(epoch_iterator)
-        batches, count = original(trainer, self.ahead, num_batches, torch.device("cpu") if self.on_host else device)
+        batches, count = self._counted(original, trainer, num_batches, device)
+        self.work, self.losses = [], []
+        if batches and (count is not None or self.means is not None):
+            laid = self._laid(batches, device)
+            way = self._way(laid, trainer.args.gradient_accumulation_steps)
+            if way is not None:
+                self.work = [(batch, []) for batch in batches]
+                carrier = self.work[-1 if trainer.accelerator.use_distributed else 0]
+                carrier[1].extend(laid.sent(way, device))
+        self.laid = None
+        return batches, count
+
+    def _counted(
+        self, original: Callable[..., Any], trainer: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The host's micro-batches and count of tokens; several processes add theirs up, on their devices."""
+        counted_here = self.on_host and not trainer.accelerator.use_distributed
+        batches, count = original(trainer, self.ahead, num_batches, torch.device("cpu") if counted_here else device)
         if isinstance(count, torch.Tensor) and count.device != torch.device(device):
             # A copy from the host's memory would wait for the optimizer; a number travels with the launch.
             count = torch.full_like(count, int(count), device=device)
-        self.work, self.losses = [], []
-        if batches and (count is not None or self.means is not None):
-            passes = self._passes(batches, trainer.args.gradient_accumulation_steps)
-            if passes is not None:
-                self.work = [(batch, []) for batch in batches]
-                carrier = self.work[-1 if trainer.accelerator.use_distributed else 0]
-                carrier[1].extend(Pass(_inputs(rows, device), rows) for rows in passes)
         return batches, count
 
-    def _passes(self, batches: Sequence[Mapping[str, Any]], most: int) -> list[Rows] | None:
+    def _way(self, laid: Laid, most: int) -> list[Rows] | None:
         """What the micro-batches of a step pass as; None where each passes as it is.
 
         All processes of a run take equally many passes, since layers that are sharded, and hosts that gather counts
         at each pass, wait for one another. As many as there are micro-batches is what every process can.
         """
+        if self.apart or not (laid.parts or ranks.several()):
+            return laid.parts or None
+        if not ranks.several():
+            return self.budget.best(list(laid.ways.values()), laid.largest)
+        count = len(laid.batches)
+        ways = {n: way for n, way in laid.ways.items() if len(way) == n and n < count}
+        return self.budget.best_together(ways, laid.parts, count, most, laid.largest)
+
+    def _laid(self, batches: Sequence[Mapping[str, Any]], device: torch.device) -> Laid:
+        """``batches`` as they were laid ahead, or else laid now."""
+        if self.laid is not None and self.laid.is_of(batches):
+            return self.laid
         try:
-            parts = self._parts(batches)
+            return Laid.of(batches, self._parts(batches), device)
         except UnfitError as reason:
             self._tell(f"a micro-batch is passed as it is: {reason}")
-            parts = []
-        if self.apart or not (parts or ranks.several()):
-            return parts or None
-        count, largest = len(batches), max((part.padded for part in parts), default=0)
-        rows = joined(parts) if parts else None
-        ways = {} if rows is None else {n: divided(rows, n) for n in range(1, count + 1)}
-        if not ranks.several():
-            return self.budget.best(list(ways.values()), largest)
-        ways = {n: way for n, way in ways.items() if len(way) == n and n < count}
-        return self.budget.best_together(ways, parts, count, most, largest)
+            return Laid(batches)
 
     def _parts(self, batches: Sequence[Mapping[str, Any]]) -> list[Rows]:
         """Each micro-batch as rows.
@@ -186,11 +194,21 @@ class Fusion:
         return result
 
     def _fetch_ahead(self, trainer: Any) -> None:
-        """The next step's batches, where there will be one and nobody saves how far the loader has come."""
+        """The next step's batches, where there will be one and nobody saves how far the loader has come; laid too.
+
+        What they pass as is left to the step itself: until then, the memory that there is for it may change.
+        """
         stateful = getattr(trainer.accelerator.dataloader_config, "use_stateful_dataloader", False)
         if self.ahead is not None and not stateful and trainer.state.global_step + 1 < trainer.state.max_steps:
             loaders = trainer.accelerator.gradient_state
             self.ahead.fetch(trainer.args.gradient_accumulation_steps, lambda: loaders.end_of_dataloader)
+            self._lay_ahead(self.ahead.fetched, trainer.args.device)
+
+    def _lay_ahead(self, batches: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+        # Those on the device would be waited for. What fails does so again in its own step, where it is told.
+        if self.on_host and batches:
+            with suppress(Exception):
+                self.laid = Laid.of(batches, self._parts(batches), device)
 
     def _tell(self, reason: str) -> None:
         if reason not in self.told:
@@ -209,21 +227,3 @@ def _around(ours: Callable[..., Any], original: Callable[..., Any]) -> Callable[
 def _restore(trainer: weakref.ref[Any]) -> None:
     for name in LOOP if trainer() is not None else ():
         vars(trainer()).pop(name, None)
-
-
-def _inputs(rows: Rows, device: torch.device) -> dict[str, torch.Tensor]:
-    """What the model is called with: one row of all tokens, sent to the device without waiting."""
-    host = {
-        "input_ids": rows.input_ids,
-        "labels": rows.labels,
-        "position_ids": positions(rows.lengths, rows.input_ids.device),
-    }
-    inputs = {name: _sent(value[None], torch.device(device)) for name, value in host.items()}
-    remember(inputs["position_ids"], rows.lengths)
-    return inputs
-
-
-def _sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type == "cuda" and value.device.type == "cpu":
-        value = value.pin_memory()
-    return value.to(device, non_blocking=True)

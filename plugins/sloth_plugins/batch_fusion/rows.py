@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sloth_kernels.documents import documents_of
 from sloth_plugins.layer_programs.layouts import BOUNDARIES
 
 IGNORED = -100
@@ -53,10 +53,24 @@ class Rows:
     padded: int
     shares: tuple[Share, ...] = ()
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """T."""
         return sum(self.lengths)
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """0, and where each document ends."""
+        return list(accumulate(self.lengths, initial=0))
+
+    @cached_property
+    def kin(self) -> list[tuple[int, int]]:
+        """The first document of those that stay together, and the one after their last.
+
+        Documents whose first token is the label of the last one before stay with it.
+        """
+        free = [True, *(self.labels[self.ends[1:-1]] == IGNORED).tolist()]
+        return list(pairwise([*(number for number, is_free in enumerate(free) if is_free), len(free)]))
 
 
 def rows_of(batch: Mapping[str, Any]) -> Rows:
@@ -107,10 +121,12 @@ def _documents(ids: Tensor, positions: Tensor | None) -> tuple[int, ...]:
     rows, length = ids.shape
     if positions is None:
         return (length,) * rows
-    lengths = tuple(n for row in positions.split(1) for n in documents_of(row).lengths)
-    if positions.reshape(-1)[list(accumulate(lengths[:-1], initial=0))].any():
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    if positions[begins].any():
         raise UnfitError("its positions do not start at 0")
-    return lengths
+    bounds = [*begins.reshape(-1).nonzero()[:, 0].tolist(), ids.numel()]
+    return tuple(end - begin for begin, end in pairwise(bounds))
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
@@ -124,20 +140,15 @@ def joined(parts: Sequence[Rows]) -> Rows:
 def divided(rows: Rows, count: int) -> list[Rows]:
     """``rows`` in at most ``count`` parts of about as many tokens, no document cut in two, in the order they have.
 
-    Documents whose first token is the label of the last one before stay with it. A document goes where the middle of
-    its kin is, so that no part is longer than its share and the longest of them.
+    Documents go where the middle of their kin is, so that no part is longer than its share and the longest of them.
     """
-    ends = list(accumulate(rows.lengths, initial=0))
-    free = [True, *(rows.labels[ends[1:-1]] == IGNORED).tolist()]
-    bounds = [*(number for number, is_free in enumerate(free) if is_free), len(free)]
-    middles = [(ends[first] + ends[last]) / 2 for first, last in pairwise(bounds)]
+    ends = rows.ends
     parts = []
-    for _, numbers in groupby(range(len(middles)), key=lambda i: int(middles[i] * count / rows.tokens)):
-        first, *_, last = [*numbers] * 2
-        documents = slice(bounds[first], bounds[last + 1])
-        begin, end = ends[documents.start], ends[documents.stop]
+    for _, group in groupby(rows.kin, key=lambda kin: int((ends[kin[0]] + ends[kin[1]]) / 2 * count / rows.tokens)):
+        (first, last), *_, (_, last) = [*group] * 2
+        begin, end = ends[first], ends[last]
         shares = _between(rows.shares, begin, end)
-        part = Rows(rows.input_ids[begin:end], rows.labels[begin:end], rows.lengths[documents], end - begin, shares)
+        part = Rows(rows.input_ids[begin:end], rows.labels[begin:end], rows.lengths[first:last], end - begin, shares)
         parts.append(part)
     return parts
 
@@ -151,5 +162,6 @@ def _between(shares: Sequence[Share], begin: int, end: int) -> tuple[Share, ...]
 
 def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
     """(T,): 0, 1, 2... in each document."""
-    longest = torch.arange(max(lengths), device=device)
-    return torch.cat([longest[:n] for n in lengths])
+    sizes = torch.tensor(lengths, device=device)
+    begins = (sizes.cumsum(0) - sizes).repeat_interleave(sizes, output_size=sum(lengths))
+    return torch.arange(len(begins), device=device) - begins
