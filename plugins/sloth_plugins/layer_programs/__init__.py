@@ -1,8 +1,9 @@
 """Layer programs: a decoder layer that can be taken apart runs as one function that keeps what the memory plan says.
 
 ``layouts`` is what is known of layers, ``assemble`` builds programs from it, ``probe`` asks the model whether they are
-right, ``layer``, ``costs`` and ``head`` say what they cost, ``planner`` plans and ``passes`` runs them, ``given`` reads
-a plan that another plugin made. docs/memory-plan.md tells the whole.
+right, ``layer``, ``costs`` and ``head`` say what they cost, ``planner`` plans and ``passes`` runs them, ``first_input``
+knows whether anybody wants the gradient of what they start from, ``given`` reads a plan that another plugin made.
+docs/memory-plan.md tells the whole.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from sloth_plugins.kernel_patching.match import Matcher
 from sloth_plugins.kernel_patching.modules import HOOKS
 from sloth_plugins.layer_programs.assemble import Assembler, LayerProgram, MisfitError
 from sloth_plugins.layer_programs.checkpointing import leave_alone
+from sloth_plugins.layer_programs.first_input import FirstInput
 from sloth_plugins.layer_programs.given import for_programs
 from sloth_plugins.layer_programs.layer import Layer
 from sloth_plugins.layer_programs.passes import Passes
@@ -121,7 +123,8 @@ def _install(
     offloads = run.config.checkpointing == "offload" and run.device is not None and run.device.type == "cuda"
     planner = Planner(model, run, layers, offloads, given, budget)
     capture = CudaCapture(run.device) if run.device is not None and run.device.type == "cuda" else None
-    passes = Passes(model, layers, planner, cache, Rings(make_ring) if offloads else None, capture)
+    rings, first = Rings(make_ring) if offloads else None, FirstInput.of(model, next(iter(made)), edits)
+    passes = Passes(model, layers, planner, cache, rings, capture, first)
     for index, (layer, program) in enumerate(made.items()):
         forward = _forward(layer, program, passes, index)
         edits.set(layer, "forward", types.MethodType(forward, layer))

@@ -23,6 +23,7 @@ from sloth_kernels.recording import Capture
 from sloth_kernels.values import Park
 from sloth_plugins.kernel_patching.loss import limit_logits
 from sloth_plugins.layer_programs.costs import Shape
+from sloth_plugins.layer_programs.first_input import FirstInput
 from sloth_plugins.layer_programs.layer import Layer, shape_of
 from sloth_plugins.layer_programs.planner import Planner
 from sloth_plugins.layer_programs.replay import CAPABILITY, Replays, Tapes
@@ -45,6 +46,7 @@ class Passes:
         cache: where dense copies of quantised weights are kept.
         rings: where offloaded inputs wait; None where nothing is offloaded.
         capture: what records short passes; None to launch every kernel by itself.
+        first: knows whether anybody wants the gradient of the first layer's input; None where somebody may.
     """
 
     def __init__(
@@ -55,10 +57,11 @@ class Passes:
         cache: DenseCache,
         rings: Rings | None,
         capture: Capture | None = None,
+        first: FirstInput | None = None,
     ) -> None:
         self.replays = Replays(planner, capture, self._say)
         self.tapes: Tapes | None = None
-        self.model = weakref.ref(model)
+        self.model, self.first = weakref.ref(model), first
         self.layers, self.planner, self.cache, self.rings = list(layers), planner, cache, rings
         cache.on_relief = self._tighten
         self.passed: dict[Shape, MemoryPlan] = {}
@@ -89,6 +92,8 @@ class Passes:
         assert self.plan is not None
         level = self.plan.levels[index]
         program = programs[level.tile_rows]
+        if index == 0 and self.first is not None and self.first.is_nobodys_wish(x, program):
+            x = x.detach()
         tape = None
         if self.tapes is not None:
             tape, constants = self.tapes.layers[index], self.tapes.placed(constants)
