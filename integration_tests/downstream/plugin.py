@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         standins.serve_datasets()
         standins.serve_diffusers()
         standins.train_on_cpu()
+    use_free_ports()
     if mode == "on":
         watch_switches()
         if os.environ.get(BARE):
@@ -64,6 +66,32 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Name the running test for the records; processes that it starts inherit the name."""
     os.environ["SLOTH_DOWNSTREAM_TEST"] = item.nodeid
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """A process group that a test leaves behind would make the next ones distributed."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def use_free_ports() -> None:
+    """Let process groups meet at a port of their own: tests name one, and those of another mode run beside them."""
+    import torch.distributed as dist
+
+    original = dist.init_process_group
+
+    @functools.wraps(original)
+    def init_process_group(*args: Any, **options: Any) -> Any:
+        if options.get("world_size") == 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+        return original(*args, **options)
+
+    dist.init_process_group = init_process_group
 
 
 def record(event: str, model: Any, **facts: Any) -> None:
@@ -152,6 +180,8 @@ class Outcomes:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         outcome = "xfailed" if hasattr(report, "wasxfail") and report.skipped else report.outcome
+        if report.passed and report.when != "call":
+            return  # a test that is interrupted has been set up, and no more
         if _RANK[outcome] >= _RANK[self.tests.get(report.nodeid, "passed")]:
             self.tests[report.nodeid] = outcome
         if report.failed:
@@ -160,7 +190,10 @@ class Outcomes:
     @pytest.hookimpl(hookwrapper=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Iterator[None]:
         yield
-        if os.environ.get(OUT) and not hasattr(session.config, "workerinput"):
+        if hasattr(session.config, "workerinput"):
+            for problem in _unexpected(self.mode):
+                record("problem", None, reason=problem)
+        elif os.environ.get(OUT):
             Path(os.environ[OUT]).write_text(json.dumps(self.outcome(), indent=1))
 
     def outcome(self) -> dict[str, Any]:
@@ -175,8 +208,10 @@ class Outcomes:
         }
 
     def problems(self) -> list[str]:
-        """What says that the run did not test what its mode promises."""
-        return _unexpected(self.mode)
+        """What says that the run did not test what its mode promises, in this process or in one of pytest-xdist's."""
+        records = read(os.environ.get(LOG, "")) if os.environ.get(LOG) else []
+        workers = [line["reason"] for line in records if line["event"] == "problem"]
+        return list(dict.fromkeys([*_unexpected(self.mode), *workers]))
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         found = self.outcome()

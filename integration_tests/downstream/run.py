@@ -7,22 +7,28 @@ docs/downstream.md. The tests are taken from the tag of the installed version, a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from integration_tests.downstream.plugin import BARE, LOG, MODE, MODES, OPTIONS, OUT
+from integration_tests.downstream.standins import digest
 from integration_tests.downstream.suites import SUITES, Suite
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sloth-downstream"
+GRACE = 20
+"""Seconds in which pytest ends when it is interrupted."""
 Outcome = dict[str, Any]
 
 
@@ -51,13 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="for clones and stand-ins")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome, beside that of other suites")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="processes of pytest-xdist")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="that a mode of a suite may take")
+    parser.add_argument("--at-once", action="store_true", help="the modes beside each other")
     return parser
 
 
 def _for_this_machine() -> list[str]:
     import torch
 
-    return [name for name, suite in SUITES.items() if suite.device == "cpu" or torch.cuda.is_available()]
+    return [name for name, suite in SUITES.items() if suite.gpus <= torch.cuda.device_count()]
 
 
 def run_suite(suite: Suite, options: argparse.Namespace) -> dict[str, Outcome]:
@@ -66,8 +74,11 @@ def run_suite(suite: Suite, options: argparse.Namespace) -> dict[str, Outcome]:
     standins = write_standins(options.cache) if os.environ.get("HF_HUB_OFFLINE") == "1" else None
     modes = MODES if options.mode == "compare" else (options.mode,)
     with tempfile.TemporaryDirectory(prefix="sloth-downstream-") as folder:
-        stage(suite, source, Path(folder) / "suite")
-        return {mode: _run(suite, mode, Path(folder), standins, options) for mode in modes}
+        for mode in modes:
+            stage(suite, source, Path(folder) / mode)
+        with ThreadPoolExecutor(len(modes) if options.at_once else 1) as pool:
+            outcomes = pool.map(lambda mode: _run(suite, mode, Path(folder), standins, options), modes)
+            return dict(zip(modes, outcomes, strict=True))
 
 
 def clone(suite: Suite, cache: Path) -> Path:
@@ -85,7 +96,7 @@ def clone(suite: Suite, cache: Path) -> Path:
 
 def write_standins(cache: Path) -> Path:
     """The folder of the stand-ins, written by a process of its own in which the backend is off."""
-    folder = cache / f"standins-{metadata.version('transformers')}"
+    folder = cache / f"standins-{metadata.version('transformers')}-{digest()}"
     command = [sys.executable, "-W", "ignore", "-m", "integration_tests.downstream.standins", str(folder)]
     subprocess.run(command, env=_environment("stock"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return folder
@@ -118,15 +129,39 @@ def _run(suite: Suite, mode: str, folder: Path, standins: Path | None, options: 
     variables = {**_environment(mode), **suite.environment, OUT: str(out), LOG: str(log)}
     if suite.bare:
         variables[BARE] = "1"
+    if suite.gpus:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(suite.gpus)))
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(seen.split(",")[: suite.gpus])
     if standins is not None:
         variables |= {"HF_HUB_CACHE": str(standins), "SLOTH_DOWNSTREAM_STANDINS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "integration_tests.downstream.plugin", *_pytest_options(suite)]
     command += ["-k", keyword] if (keyword := options.tests or suite.keyword) else []
     command += ["-n", str(options.jobs)] if options.jobs else []
-    subprocess.run(command, cwd=folder / "suite", env=variables)
+    late = not _ended(
+        subprocess.Popen(command, cwd=folder / mode, env=variables, start_new_session=True), options.limit
+    )
     if not out.exists():
         raise SystemExit(f"pytest did not get to its end in mode {mode!r}")
-    return json.loads(out.read_text())
+    outcome = json.loads(out.read_text())
+    if late:
+        outcome["problems"].append(f"ended after {options.limit:g} s, with {len(outcome['tests'])} tests run")
+    return outcome
+
+
+def _ended(child: subprocess.Popen[bytes], seconds: float | None) -> bool:
+    """Whether pytest ends in time; it is interrupted then, so that it writes what it has found."""
+    try:
+        child.wait(seconds)
+        return True
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE)
+        return False
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def _pytest_options(suite: Suite) -> list[str]:

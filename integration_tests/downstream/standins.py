@@ -1,9 +1,9 @@
 """Local stand-ins for what downstream suites load from the model hub, for machines without one.
 
-Tiny models with random weights and a byte-level tokenizer are written in the layout of the hub's own cache, so that
-every library finds them under the hub's names, child processes too; data sets are made in memory. Suites test shapes,
-gradients and bookkeeping, not what a model knows, so random weights serve as well as those of the hub, which are
-random too. What is not listed here stays missing, and its tests fail as they do without a network.
+Tiny models with random weights, an adapter and a byte-level tokenizer are written in the layout of the hub's own cache,
+so that every library finds them under the hub's names, child processes too; data sets are made in memory. Suites test
+shapes, gradients and bookkeeping, not what a model knows, so random weights serve as well as those of the hub, which
+are random too. What is not listed here stays missing, and its tests fail as they do without a network.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import zlib
 from collections import Counter
 from functools import cache
 from importlib.machinery import ModuleSpec
@@ -63,17 +64,28 @@ MODELS["Qwen/Qwen3-4B"] = MODELS["trl-internal-testing/tiny-Qwen3ForCausalLM"]
 # 64 wide: blocks of bitsandbytes' 4-bit weights fill rows.
 _OPT_125M = {**_OPT, "num_hidden_layers": 12, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128}
 _OPT_350M = {**_OPT_125M, "num_hidden_layers": 4, "do_layer_norm_before": False}
-_BLOOM = {"hidden_size": 64, "n_head": 4}
+_OPT_125M_OF_THE_HUB = {
+    **_OPT_125M,
+    "hidden_size": 768,
+    "word_embed_proj_dim": 768,
+    "ffn_dim": 3072,
+    "num_attention_heads": 12,
+    "vocab_size": 50272,
+    "dtype": "float16",
+}
+_BLOOM_560M = {"hidden_size": 1024, "n_head": 16}
 _GEMMA3 = {**_DENSE, "head_dim": 8, "sliding_window": 64}
 MODELS |= {
     name: (kind, sizes, None)
     for name, kind, sizes in (
         ("peft-internal-testing/tiny-random-OPTForCausalLM", "OPTForCausalLM", _OPT),
-        ("peft-internal-testing/opt-125m", "OPTForCausalLM", _OPT_125M),
+        ("peft-internal-testing/opt-125m", "OPTForCausalLM", _OPT_125M_OF_THE_HUB),
         ("facebook/opt-125m", "OPTForCausalLM", _OPT_125M),
         ("facebook/opt-350m", "OPTForCausalLM", _OPT_350M),
-        ("bigscience/bloomz-560m", "BloomForCausalLM", _BLOOM),
+        ("facebook/opt-6.7b", "OPTForCausalLM", {**_OPT_125M, "num_hidden_layers": 32, "vocab_size": 50272}),
+        ("bigscience/bloomz-560m", "BloomForCausalLM", _BLOOM_560M),
         ("openai-community/gpt2", "GPT2LMHeadModel", {**_GPT2, "n_embd": 64}),
+        ("gpt2", "GPT2LMHeadModel", {**_GPT2, "n_embd": 64}),
         ("trl-internal-testing/tiny-random-LlamaForCausalLM", "LlamaForCausalLM", {**_DENSE, "hidden_size": 64}),
         ("peft-internal-testing/tiny-random-gpt2", "GPT2LMHeadModel", _GPT2),
         ("peft-internal-testing/tiny-random-GPT2LMHeadModel", "GPT2LMHeadModel", _GPT2),
@@ -95,33 +107,64 @@ MODELS |= {
 }
 """Name on the hub -> class, fields of its configuration, and the chat template of TRL's that its tokenizer has.
 
-Names and classes are those of the libraries' tests (TRL 1.9, PEFT 0.20, transformers 5.16); the sizes are ours."""
+Names and classes are those of the libraries' tests (TRL 1.9, PEFT 0.20, transformers 5.16); the sizes are ours, but
+for a model whose parameters PEFT's tests count."""
 MODELS["roneneldan/TinyStories-33M"][1]["attention_types"] = [[["global", "local"], 1]]
+DECIDED = {"peft-internal-testing/opt-125m": 5.0}
+"""Name -> how much larger its embeddings are: tests look at probabilities, and want to see what an adapter changes."""
+ADAPTERS = {"ybelkada/test-st-lora": "facebook/opt-350m"}
+"""Name on the hub -> the model that the adapter is for."""
+
+
+def digest() -> str:
+    """Differs where the stand-ins do."""
+    return f"{zlib.crc32(repr((MODELS, DECIDED, ADAPTERS)).encode()):08x}"
 
 
 def write(folder: Path) -> None:
-    """Write the models that are not in ``folder`` yet; ``HF_HUB_CACHE`` then makes a process load from there."""
-    for name in MODELS:
+    """Write what is not in ``folder`` yet; ``HF_HUB_CACHE`` then makes a process load from there."""
+    for name in (*MODELS, *ADAPTERS):
         place = folder / f"models--{name.replace('/', '--')}"
         if not (place / "refs" / "main").exists():
-            _write(name, place / "snapshots" / COMMIT)
+            (_write_adapter if name in ADAPTERS else _write)(name, place / "snapshots" / COMMIT)
             (place / "refs").mkdir(exist_ok=True)
             (place / "refs" / "main").write_text(COMMIT)
 
 
 def _write(name: str, folder: Path) -> None:
     import torch
-    import transformers
 
-    kind, sizes, template = MODELS[name]
+    template = MODELS[name][2]
     tokenizer = _tokenizer()
     tokenizer.chat_template = _template(template)
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    cls = getattr(transformers, kind)
+    model = _model(name)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(DECIDED.get(name, 1.0))
+    model.save_pretrained(folder)
+
+
+def _model(name: str) -> Any:
+    """With random weights, the same in each call."""
+    import torch
+    import transformers
+
+    kind, sizes, _ = MODELS[name]
+    cls, tokenizer = getattr(transformers, kind), _tokenizer()
     ids = {"bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = cls.config_class(**{"vocab_size": len(tokenizer), **ids, **sizes})
-    cls(config).save_pretrained(folder)
+    torch.manual_seed(0)
+    return cls(config).to(getattr(torch, sizes.get("dtype", "float32")))
+
+
+def _write_adapter(name: str, folder: Path) -> None:
+    """LoRA on what PEFT takes for the model's class."""
+    from peft import LoraConfig, get_peft_model
+
+    base = ADAPTERS[name]
+    model: Any = get_peft_model(_model(base), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(folder)
 
 
 @cache

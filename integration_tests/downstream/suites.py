@@ -21,7 +21,7 @@ class Suite:
         keep: the folders and files of the repository that the tests need; never the library itself.
         keyword: what pytest's ``-k`` gets.
         bare: models that PEFT's functions return are switched on, since the tests train them by hand.
-        device: ``"cuda"`` where a GPU is needed.
+        gpus: how many are needed; the tests see no more, where they need any.
         needs_models: whether a run in which no model was switched on is a failure.
         deselected: pattern of a test's id -> why it is not run in any mode.
         refused: pattern of a test's id -> why it does not pass with the backend on.
@@ -34,7 +34,7 @@ class Suite:
     keep: tuple[str, ...] = ("tests",)
     keyword: str = ""
     bare: bool = False
-    device: str = "cpu"
+    gpus: int = 0
     needs_models: bool = True
     deselected: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -45,8 +45,10 @@ OTHER_LORAS = (
     "adalora or vblora or randlora or xlora or bdlora or gralora or tinylora or glora or unilora or monteclora"
 )
 NOT_LORA = "vera or ia3 or road or hira or adaption_prompt or p_tuning or prefix or arrow or hotswap"
-NOT_BNB = "gptq or torchao or eetq or hqq or awq or aqlm or multi_gpu or seq2seq or t5 or audio or offload"
-"""Other methods, other quantisers, and models that are no causal language models."""
+NOT_BNB = "gptq or torchao or eetq or hqq or awq or aqlm or seq2seq or t5 or audio or offload or notebook"
+OTHER_MODELS = "test_lora_bnb_4bit_quantization or test_lora_bnb_8bit_quantization or test_modules_to_save_grad"
+"""Other methods, other quantisers, and models that are no causal language models; scripts beside PEFT's tests."""
+BNB = f"(bitsandbytes or bnb) and not ({OTHER_LORAS} or {NOT_LORA} or {NOT_BNB} or {OTHER_MODELS})"
 LORA = f"(loraconfig or test_lora or test_target_parameters) and not ({OTHER_LORAS})"
 """pytest compares without case; file names count too."""
 
@@ -74,9 +76,17 @@ SUITES = {
         "peft",
         "huggingface/peft",
         ("tests/test_common_gpu.py", "tests/test_gpu_examples.py"),
-        keyword=f"(bnb or 4bit or 8bit) and not ({OTHER_LORAS} or {NOT_LORA}) and not ({NOT_BNB})",
+        keyword=f"{BNB} and not training_multi_gpu",
         bare=True,
-        device="cuda",
+        gpus=1,
+    ),
+    "peft-bnb-two": Suite(
+        "peft",
+        "huggingface/peft",
+        ("tests/test_gpu_examples.py",),
+        keyword=f"{BNB} and training_multi_gpu",
+        bare=True,
+        gpus=2,
     ),
     "trainer-accumulation": Suite(
         "transformers",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -59,13 +62,14 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # without it no stand-ins are written
 
 
-def outcome(tmp_path: Path, mode: str, body: str, **facts: Any) -> tuple[dict[str, Any], list[str]]:
+def outcome(tmp_path: Path, mode: str, body: str, jobs: int = 0, **facts: Any) -> tuple[dict[str, Any], list[str]]:
     """What the runner finds for a suite of one file: the outcomes by mode, and the problems."""
     tests = tmp_path / "source" / "tests"
     tests.mkdir(parents=True, exist_ok=True)
     (tests / "test_suite.py").write_text(LLAMA + body)
     suite = Suite("accelerate", "nobody/nothing", ("tests/test_suite.py",), **facts)
-    options = Namespace(source=tmp_path / "source", cache=tmp_path, mode=mode, tests=None, jobs=0)
+    options = Namespace(source=tmp_path / "source", cache=tmp_path, mode=mode, tests=None, jobs=jobs)
+    options.at_once, options.limit = jobs > 0, None
     outcomes = runner.run_suite(suite, options)
     return outcomes, runner.judge(suite, outcomes)
 
@@ -81,6 +85,71 @@ def test_modes(tmp_path: Path) -> None:
     assert on["models"] == {"LlamaForCausalLM": 2}
     assert on["hosts"] == {"accelerate": 1, "user": 1}
     assert on["changed"]["layer_program"] == 2
+
+
+GROUPS = """
+import os
+import torch.distributed as dist
+from torch.distributed import init_process_group
+
+def test_a_group_is_left_behind():
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29501"}
+    init_process_group("gloo", world_size=1, rank=0)
+
+def test_it_is_gone():
+    assert not dist.is_initialized()
+"""
+
+
+def test_modes_beside_each_other_in_several_processes(tmp_path: Path) -> None:
+    outcomes, problems = outcome(tmp_path, "compare", PREPARES + GROUPS, jobs=1)
+    assert problems == []
+    assert [found["counts"] for found in outcomes.values()] == [{"passed": 3}] * 3
+    assert outcomes["on"]["models"] == {"LlamaForCausalLM": 1}
+
+
+BEGINS = """
+def test_begins():
+    import sloth_backend
+    sloth_backend.optimize(make(), config={"print_report": False})
+"""
+
+
+def alive(process: int) -> bool:
+    """Whether it runs; one that nobody waits for does not."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout.strip()
+    return bool(found) and not found.startswith("Z")
+
+
+def test_a_suite_that_takes_too_long_is_interrupted(tmp_path: Path) -> None:
+    """With all that it started; what it writes then is there."""
+    found, ready = tmp_path / "found", tmp_path / "ready"
+    script = f"""
+import pathlib, subprocess, time
+other = subprocess.Popen(["sleep", "600"])
+try:
+    pathlib.Path({str(ready)!r}).touch()
+    time.sleep(600)
+except KeyboardInterrupt:
+    pathlib.Path({str(found)!r}).write_text(str(other.pid))
+"""
+    child_ = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    while not ready.exists():
+        time.sleep(0.05)
+    assert not runner._ended(child_, 0.1)
+    other = int(found.read_text())
+    for _ in range(100):
+        if not alive(other):
+            break
+        time.sleep(0.05)
+    assert not alive(other)
+    assert runner._ended(subprocess.Popen([sys.executable, "-c", ""], start_new_session=True), None)
+
+
+@pytest.mark.parametrize("jobs", [0, 1])
+def test_a_session_that_nobody_asked_for_is_a_problem(tmp_path: Path, jobs: int) -> None:
+    _, problems = outcome(tmp_path, "installed", BEGINS, jobs=jobs)
+    assert problems == ["installed: a session was begun although nobody asked"]
 
 
 def test_a_run_in_which_nothing_is_switched_on_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,12 @@
-"""Train a 70B model in NF4 under FSDP2 on the GPUs of this machine: stock, then ours, each under a torchrun.
+"""Train a 70B model in NF4 under FSDP2 on the GPUs of this machine: stock, ours, and stock in float32, by which
+rounding is measured, one after the other, each under a torchrun.
 
-Prints progress with times; writes OUT/seventy.json after each contender, and the page from it with --page (without
---contenders' names: the page alone). Ends with 1 where losses differ, and as loudly as it can where a contender fails
-or takes longer than --limit seconds.
+Prints progress with times; writes OUT/seventy.json after each contender, and the page from it with --page (with
+--contenders "": the page alone). What the file holds of other contenders stays. Ends with 1 where losses differ, and as
+loudly as it can where a contender fails or takes longer than --limit seconds.
 
-usage: python -m integration_tests.benchmarks.seventy --out DIR [--contenders stock,sloth] [--gpus 2] [--page FILE]
-           [--layers 80] [--rows 2] [--length 2048] [--accumulation 4] [--steps 4] [--budget GIB] [--tiny]
+usage: python -m integration_tests.benchmarks.seventy --out DIR [--contenders stock,sloth,stock-fp32] [--gpus 2]
+           [--page FILE] [--layers 80] [--rows 2] [--length 2048] [--accumulation 4] [--steps 4] [--budget GIB] [--tiny]
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from integration_tests.benchmarks.seventy import report
 from integration_tests.benchmarks.seventy.train import add_sizes
 from integration_tests.benchmarks.training import contenders, run
 from integration_tests.benchmarks.training.contenders import CONTENDERS
+from integration_tests.benchmarks.training.scaling import GRACE, ended
 
 PACKAGE = "integration_tests.benchmarks.seventy"
-GRACE = 20
-"""Seconds after the limit in which processes say where they are, and for torchrun to end them."""
 PASSED_ON = ("layers", "rank", "rows", "length", "accumulation", "steps", "warmup", "budget", "timeout", "limit")
 
 
@@ -50,31 +50,17 @@ def measured(contender: str, options: argparse.Namespace) -> report.Result:
     command += [f"--{name}={value}" for name, value in given if value is not None]
     start = time.monotonic()
     child = subprocess.Popen(command, env=run.environment(run.Settings(), CONTENDERS[contender].kind), cwd=run.ROOT)
-    ending = _wait(child, options.limit + GRACE)
+    ending = ended(child, options.limit + GRACE)
     if child.returncode or not file.exists():
         raise RuntimeError(f"{contender} {ending} after {time.monotonic() - start:.0f} s; its output is above")
     return json.loads(file.read_text())
-
-
-def _wait(child: subprocess.Popen[bytes], seconds: float) -> str:
-    """Until the child ends; torchrun ends its processes when it is asked to."""
-    try:
-        return f"ended with {child.wait(seconds)}"
-    except subprocess.TimeoutExpired:
-        child.terminate()
-    try:
-        child.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-    return f"was ended, as it took longer than {seconds:g} s,"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of seventy.json")
-    parser.add_argument("--contenders", type=contenders.names, default=["stock", "sloth"])
+    parser.add_argument("--contenders", type=contenders.names, default=["stock", "sloth", "stock-fp32"])
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--page", type=Path, help="the file to write the page to")
     add_sizes(parser)
@@ -94,7 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     for result in found:
         print(
             f"{result['contender']}: {result['step_seconds']} s a step, {result['tokens_per_second']} tok/s, losses "
-            f"{result['losses']}, {result['distance']} from stock",
+            f"{result['losses']}, from stock {result['distance']}, from float32 {result['from_truth']}, allowed "
+            f"{result.get('allowed')}",
             flush=True,
         )
     if options.page is not None:

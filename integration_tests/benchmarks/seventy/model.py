@@ -1,5 +1,7 @@
 """Llama 3.1 70B's shapes with random weights, built on a device: NF4 linears, everything else in bf16.
 
+In float32 it is the same model: values that were rounded to bf16, bytes that were packed from them.
+
 What is random is drawn from the device's generator with one seed, so that processes on equal devices build one model.
 No more than one dense linear is there at a time.
 """
@@ -23,8 +25,8 @@ DECODER_LAYER = "LlamaDecoderLayer"
 STD = 0.02
 """Of every matrix, as transformers initialises Llama's."""
 DTYPE = torch.bfloat16
-NF4 = {"compress_statistics": True, "quant_type": "nf4", "quant_storage": DTYPE}
-"""Double-quantised, and packed as what FSDP computes in."""
+NF4 = {"compress_statistics": True, "quant_type": "nf4"}
+"""Double-quantised."""
 
 
 def shape(tiny: bool = False, layers: int | None = None) -> Shape:
@@ -33,17 +35,21 @@ def shape(tiny: bool = False, layers: int | None = None) -> Shape:
     return found if layers is None else replace(found, layers=layers)
 
 
-def build(of: Shape, device: torch.device, seed: int = 0) -> Any:
-    """A causal language model of transformers on ``device``, quantised, without adapters."""
+def build(of: Shape, device: torch.device, seed: int = 0, dtype: torch.dtype = DTYPE, attention: str = "sdpa") -> Any:
+    """A causal language model of transformers on ``device`` that computes in ``dtype``, quantised, without adapters.
+
+    What is packed is stored as ``dtype``, as FSDP asks for.
+    """
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(of.config(), dtype=DTYPE, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_config(of.config(), dtype=dtype, attn_implementation=attention)
     source = torch.Generator(device).manual_seed(seed)
     for parent, name, linear in list(_layer_linears(model)):
-        setattr(parent, name, _quantised(linear, device, source))
+        setattr(parent, name, _quantised(linear, device, source, dtype))
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
-                module._parameters[name] = nn.Parameter(_values(parameter.shape, device, source), requires_grad=False)
+                values = _values(parameter.shape, device, source).to(dtype)
+                module._parameters[name] = nn.Parameter(values, requires_grad=False)
     with device:
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     _refuse_missing(model)
@@ -62,20 +68,20 @@ def _layer_linears(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 
 
 def _values(size: torch.Size, device: torch.device, source: torch.Generator) -> torch.Tensor:
-    """A matrix's, normal; a norm's, one."""
+    """A matrix's, normal; a norm's, one. In bf16, whatever they are used in."""
     if len(size) == 1:
         return torch.ones(size, dtype=DTYPE, device=device)
     return torch.empty(size, dtype=DTYPE, device=device).normal_(0.0, STD, generator=source)
 
 
-def _quantised(linear: nn.Linear, device: torch.device, source: torch.Generator) -> Linear4bit:
+def _quantised(linear: nn.Linear, device: torch.device, source: torch.Generator, dtype: torch.dtype) -> Linear4bit:
     """One of its size, its weight drawn on the device and quantised there by bitsandbytes."""
-    made = Linear4bit(
-        linear.in_features, linear.out_features, bias=False, compute_dtype=DTYPE, device=torch.device("meta"), **NF4
-    )
+    packed = {**NF4, "quant_storage": dtype}
+    sizes = (linear.in_features, linear.out_features)
+    made = Linear4bit(*sizes, bias=False, compute_dtype=dtype, device=torch.device("meta"), **packed)
     dense = _values(linear.weight.shape, device, source)
     packing: Any = Params4bit
-    made.weight = packing(dense, requires_grad=False, module=made, **NF4).to(device)
+    made.weight = packing(dense, requires_grad=False, module=made, **packed).to(device)
     return made
 
 

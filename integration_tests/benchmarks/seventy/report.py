@@ -1,12 +1,20 @@
 """Losses of ours beside stock's, and the page.
 
-The rule, for every step: ``|ours - stock| <= RELATIVE * stock``. Both compute in bf16 and round in other places. The
-benchmark of 8B models allows 3e-3 nats of some 12 where stock's own noise adds nothing (``training/judge.py``), that
-is 2.5e-4; here layers are two and a half times as many, and there is no second round of stock to measure its noise by.
+Both compute in bf16 and round in other places, and what a step rounds later steps inherit: while an adapter's B is
+small, most of its term is lost where an output is rounded before it is added, which stock does and ours does not. So
+the measure is how far stock itself is from float32 (``stock-fp32``). The rule, for every step i:
+
+    |ours_i  - stock_i| <= FLOOR * stock_i + max over steps j <= i of |truth_j - stock_j|
+    |truth_i - ours_i | <= FLOOR * stock_i + max over steps j <= i of |truth_j - stock_j|
+
+The second says that ours is no further from float32 than stock is. Where the truth was not measured, FLOOR alone is
+allowed. It is twice what the benchmark of 8B models allows where rounding adds nothing (3e-3 nats of some 12,
+``training/judge.py``): layers are two and a half times as many, and there is no second round of stock.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -18,28 +26,54 @@ from integration_tests.benchmarks.training.report import table
 
 Result = dict[str, Any]
 REFERENCE = "stock"
-RELATIVE = 5e-4
+FLOOR = 5e-4
+"""Of a loss."""
 FILE = "seventy.json"
 
 
-def distance(result: Result, reference: Result) -> float:
-    """The largest of all steps, relative to the reference's loss; infinite where one is missing or no number."""
-    if not reference["losses"] or len(result["losses"]) != len(reference["losses"]):
-        return float("inf")
-    apart = [abs(a - b) / abs(b) for a, b in zip(result["losses"], reference["losses"], strict=True)]
-    return max(apart) if all(math.isfinite(value) for value in apart) else float("inf")
-
-
 def judged(results: Sequence[Result]) -> list[Result]:
-    """Each with its ``distance`` to stock, None where that has no result or it is stock itself."""
+    """Each with its largest distance of all steps to stock and to the truth, as a share of stock's loss, and whether
+    its losses ``agree``. None where there is nothing to compare with; infinite where losses are missing or no number.
+    """
     stock = next((result for result in results if result["contender"] == REFERENCE), None)
-    apart = [None if stock is None or result is stock else distance(result, stock) for result in results]
-    return [{**result, "distance": value} for result, value in zip(results, apart, strict=True)]
+    truth = next((result for result in results if CONTENDERS[result["contender"]].truth), None)
+    return [{**result, **_verdict(result, stock, truth)} for result in results]
+
+
+def _verdict(result: Result, stock: Result | None, truth: Result | None) -> Result:
+    beside = {"distance": stock, "from_truth": truth}
+    apart = {name: _apart(result, other, stock) for name, other in beside.items()}
+    found: Result = {name: max(steps, default=None) for name, steps in apart.items()}
+    if result is stock or result is truth or stock is None:
+        return {**found, "agrees": True}
+    allowed = bounds(stock, truth)
+    within = all(a <= b for steps in apart.values() for a, b in zip(steps, allowed, strict=False))
+    return {
+        **found,
+        "allowed": max(allowed, default=FLOOR),
+        "agrees": within and len(result["losses"]) == len(stock["losses"]),
+    }
+
+
+def _apart(result: Result, other: Result | None, stock: Result | None) -> list[float]:
+    """Of each of stock's steps, relative to its loss; infinite where one is missing or no number."""
+    if other is None or stock is None or other is result:
+        return []
+    steps = itertools.zip_longest(result["losses"], other["losses"], stock["losses"], fillvalue=math.nan)
+    found = [abs(a - b) / abs(unit) for a, b, unit in steps]
+    return [value if math.isfinite(value) else math.inf for value in found]
+
+
+def bounds(stock: Result, truth: Result | None) -> list[float]:
+    """What each step's distance may be, relative to stock's loss; a truth that broke allows nothing."""
+    noise = _apart(stock, truth, stock) or [0.0] * len(stock["losses"])
+    measured = (value if math.isfinite(value) else 0.0 for value in noise)
+    return [FLOOR + largest for largest in itertools.accumulate(measured, max)]
 
 
 def agrees(results: Sequence[Result]) -> bool:
     """Whether every loss is within the rule."""
-    return all(r["distance"] is None or r["distance"] <= RELATIVE for r in results)
+    return all(result["agrees"] for result in results)
 
 
 def save(folder: Path, results: Sequence[Result]) -> None:
@@ -62,7 +96,8 @@ def page(results: Sequence[Result]) -> str:
     """
     if not results:
         raise ValueError("nothing was measured yet: run the benchmark first")
-    return "\n".join([*_head(results[0]), *_speed(results), *_memory(results), *_losses(results), *_said(results)])
+    timed = [result for result in results if not CONTENDERS[result["contender"]].truth] or results
+    return "\n".join([*_head(timed[0]), *_speed(timed), *_memory(timed), *_losses(results), *_said(results)])
 
 
 def _head(first: Result) -> list[str]:
@@ -121,12 +156,14 @@ def _losses(results: Sequence[Result]) -> list[str]:
         (
             CONTENDERS[r["contender"]].title,
             " ".join(f"{loss:.4f}" for loss in r["losses"]),
-            "" if r["distance"] is None else f"{r['distance']:.1e}",
+            *("" if r.get(name) is None else f"{r[name]:.1e}" for name in ("distance", "from_truth", "allowed")),
+            "" if "allowed" not in r else "yes" if r["agrees"] else "no",
         )
         for r in results
     ]
-    rule = f"Losses may differ from stock's by {RELATIVE:g} of them (`seventy/report.py` says why)."
-    return [rule, "", *table(("contender", "losses", "largest difference"), rows)]
+    rule = "Largest distances of a step, as shares of stock's loss; the rule is in `seventy/report.py`."
+    header = ("contender", "losses", "from stock", "from float32", "allowed", "within")
+    return [rule, "", *table(header, rows)]
 
 
 def _said(results: Sequence[Result]) -> list[str]:

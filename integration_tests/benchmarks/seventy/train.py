@@ -4,6 +4,9 @@ The loop is the one its users write; the two kinds of contender differ in ``slot
 checkpoints layers (``activation_checkpointing``), computes in bf16 and reduces gradients in float32; the loss is not
 cast, so that it can be compared. Every step is on the same rows, each process and each pass on its own.
 
+The truth, stock in float32, says how far from it rounding takes stock's losses: the same model, its products in TF32
+(``training/loading.py``), which rounds an eighth as much as bf16; in float32 proper a step would take minutes.
+
 usage: torchrun --nproc_per_node 2 -m integration_tests.benchmarks.seventy.train CONTENDER --out FILE [--tiny] ...
 """
 
@@ -29,7 +32,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_obj
 from peft import get_peft_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from integration_tests.benchmarks.seventy.model import DECODER_LAYER, build, checksum, parameters, shape
+from integration_tests.benchmarks.seventy.model import DECODER_LAYER, DTYPE, build, checksum, parameters, shape
 from integration_tests.benchmarks.training import loading
 from integration_tests.benchmarks.training.clock import GIB, allocated_gib, device_name, peaks, reset_peak, versions
 from integration_tests.benchmarks.training.clock import wait as idle
@@ -62,8 +65,8 @@ class Progress:
         reset_peak()
 
 
-def make_accelerator(accumulation: int, timeout: float) -> Accelerator:
-    """FSDP2 over all processes, by layer."""
+def make_accelerator(accumulation: int, timeout: float, dtype: torch.dtype) -> Accelerator:
+    """FSDP2 over all processes, by layer, computing in ``dtype``."""
     on_cpu = not torch.cuda.is_available()
     limits = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
     if on_cpu:
@@ -77,24 +80,29 @@ def make_accelerator(accumulation: int, timeout: float) -> Accelerator:
         reshard_after_forward=True,
         cpu_ram_efficient_loading=False,
         activation_checkpointing=True,
-        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+        mixed_precision_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
     )
     return Accelerator(
         cpu=on_cpu,
-        mixed_precision="bf16",
+        mixed_precision="bf16" if dtype is DTYPE else "no",
         gradient_accumulation_steps=accumulation,
         fsdp_plugin=plugin,
         kwargs_handlers=[limits],
     )
 
 
-def adapted_model(options: argparse.Namespace, accelerator: Accelerator, progress: Progress) -> Any:
+def adapted_model(
+    options: argparse.Namespace, contender: Contender, accelerator: Accelerator, progress: Progress
+) -> Any:
     """The model with its adapters, whole in every process.
 
     Raises:
         RuntimeError: the processes built different models.
     """
-    base = build(shape(options.tiny, options.layers), accelerator.device)
+    of, attention = shape(options.tiny, options.layers), loading.frugal_attention() if contender.truth else "sdpa"
+    base = build(of, accelerator.device, dtype=computed_in(contender), attention=attention)
+    if contender.truth:
+        loading.multiply_in_tf32(base)
     progress.done("build")
     sums = gather_object([checksum(base)])
     if len(set(sums)) != 1:
@@ -105,6 +113,11 @@ def adapted_model(options: argparse.Namespace, accelerator: Accelerator, progres
     start_adapters(model)
     progress.done("adapt")
     return model.train()
+
+
+def computed_in(contender: Contender) -> torch.dtype:
+    """float32 for the truth."""
+    return torch.float32 if contender.truth else DTYPE
 
 
 def token_ids(options: argparse.Namespace, process: int, at: int, vocab: int) -> torch.Tensor:
@@ -196,7 +209,7 @@ def said(contender: Contender, model: Any) -> dict[str, Any]:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything, and what came of it in all processes."""
     contender, progress = CONTENDERS[options.contender], Progress()
-    accelerator = make_accelerator(options.accumulation, options.timeout)
+    accelerator = make_accelerator(options.accumulation, options.timeout, computed_in(contender))
     progress.say(f"{contender.title}: {accelerator.num_processes} processes, {device_name()}")
     if contender.ours:
         import sloth_backend
@@ -204,7 +217,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         budget = {"vram_budget_gb": options.budget} if options.budget else {}
         sloth_backend.attach(accelerator, config={"print_report": False, **contender.options, **budget})
     reset_peak()
-    model = adapted_model(options, accelerator, progress)
+    model = adapted_model(options, contender, accelerator, progress)
     came = train(options, accelerator, model, progress)
     progress.say(json.dumps(said(contender, model), indent=1))
     host = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 2)

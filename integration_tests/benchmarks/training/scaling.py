@@ -2,18 +2,23 @@
 
 Each measurement is a ``torchrun`` of ``measure.py``, whose processes train on rows of their own. Writes
 OUT/scaling.json and scaling.md; the share of perfect scaling is tokens a second of n GPUs over n times those of one.
+With --together, contenders that leave GPUs free run beside each other, each on GPUs of its own. Ends with 1 where one
+of them failed.
 
 usage: python -m integration_tests.benchmarks.training.scaling --out DIR --model FOLDER [--workload full]
-           [--contenders stock,sloth] [--gpus 1,2] [--steps 6] [--tiny]
+           [--contenders stock,sloth] [--gpus 1,2] [--steps 6] [--together] [--tiny]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +28,81 @@ from integration_tests.benchmarks.training.measure import MARK
 from integration_tests.benchmarks.training.report import table
 
 Result = dict[str, Any]
+STOCK = "stock"
+GRACE = 20
+"""Seconds in which torchrun ends its processes."""
 
 
-def measured(contender: str, gpus: int, options: argparse.Namespace) -> Result:
-    """What the first process of ``gpus`` printed.
+def measured(contender: str, gpus: int, options: argparse.Namespace, place: int = 0) -> Result:
+    """What the first process of ``gpus`` printed, on the ``place``-th of as many.
 
-    Raises:
-        RuntimeError: it printed no result.
+    It is of status ``error`` where nothing was printed.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
-    command += ["-m", f"{run.PACKAGE}.measure", contender, options.workload, "--model", str(options.model)]
-    command += ["--steps", str(options.steps)] + ["--tiny"] * options.tiny
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc_per_node", str(gpus), "-m", f"{run.PACKAGE}.measure", contender, options.workload]
+    command += ["--model", str(options.model), "--steps", str(options.steps)] + ["--tiny"] * options.tiny
+    around = environment(contender, gpus, options, place)
+    with tempfile.TemporaryFile("w+") as log:
+        child = subprocess.Popen(command, env=around, cwd=run.ROOT, stdout=log, stderr=log)
+        ending = ended(child, options.timeout)
+        log.seek(0)
+        text = log.read()
+    lines = [line.partition(MARK)[2] for line in text.splitlines() if line.startswith(MARK)]
+    if lines:
+        return {**json.loads(lines[-1]), "gpus": gpus}
+    rows, length = workloads.get(options.workload, options.tiny).points[0]
+    about = {"workload": options.workload, "batch": rows, "length": length, "contender": contender, "gpus": gpus}
+    return {**about, "status": "error", "error": f"{ending}: {text[-3000:]}"}
+
+
+def ended(child: subprocess.Popen[bytes], seconds: float) -> str:
+    """How a torchrun ended; after ``seconds`` it is asked to end its processes, which are in sessions of their own."""
+    try:
+        return f"ended with {child.wait(seconds)}"
+    except subprocess.TimeoutExpired:
+        child.terminate()
+    try:
+        child.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    return f"was ended, as it took longer than {seconds:g} s,"
+
+
+def environment(contender: str, gpus: int, options: argparse.Namespace, place: int) -> dict[str, str]:
+    """Its GPUs, and as many threads as any other process has: torchrun would leave one alone all cores."""
     around = run.environment(run.Settings(), CONTENDERS[contender].kind)
-    done = subprocess.run(command, env=around, cwd=run.ROOT, capture_output=True, text=True, timeout=options.timeout)
-    lines = [line.partition(MARK)[2] for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if not lines:
-        raise RuntimeError(f"{contender} on {gpus} GPUs gave no result: {done.stderr[-2000:]}")
-    return {**json.loads(lines[-1]), "gpus": gpus}
+    around.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(options.gpus))))
+    if room(gpus, options) > 1:
+        around["CUDA_VISIBLE_DEVICES"] = ",".join(str(place * gpus + i) for i in range(gpus))
+    return around
+
+
+def room(gpus: int, options: argparse.Namespace) -> int:
+    """How many measurements of ``gpus`` there is room for at a time."""
+    return max(options.gpus) // gpus if options.together else 1
 
 
 def with_shares(results: Sequence[Result]) -> list[Result]:
-    """Each with its ``share`` of perfect scaling; None where one GPU was not measured."""
-    alone = {r["contender"]: r["tokens_per_second"] for r in results if r["gpus"] == 1 and r["status"] == "ok"}
-    return [{**r, "share": _share(r, alone.get(r["contender"]))} for r in results]
+    """Each with its ``share`` of perfect scaling and ``times_stock``, its tokens a second over stock's on as many GPUs.
+
+    None where there is nothing to compare with.
+    """
+    done = {(r["contender"], r["gpus"]): r["tokens_per_second"] for r in results if r["status"] == "ok"}
+    return [
+        {
+            **r,
+            "share": _share(r, done.get((r["contender"], 1))),
+            "times_stock": _times(r, done.get((STOCK, r["gpus"]))),
+        }
+        for r in results
+    ]
+
+
+def _times(result: Result, stock: float | None) -> float | None:
+    if stock is None or result["status"] != "ok":
+        return None
+    return round(result["tokens_per_second"] / stock, 3)
 
 
 def _share(result: Result, alone: float | None) -> float | None:
@@ -63,21 +120,26 @@ def page(results: Sequence[Result], workload: str) -> str:
             f"{r['step_seconds']:.3f}" if r["status"] == "ok" else r["status"],
             f"{r['tokens_per_second']:,.0f}" if r["status"] == "ok" else "",
             "" if r["share"] is None else f"{r['share']:.1%}",
+            "" if r["times_stock"] is None else f"{r['times_stock']:.2f}",
         )
         for r in results
     ]
     devices = ", ".join(sorted({r["device"] for r in results if "device" in r}))
     title = [f"# Weak scaling of `{workload}` under DDP, {devices}", ""]
-    return "\n".join([*title, *table(("contender", "GPUs", "s/step", "tok/s", "of perfect"), rows)])
+    return "\n".join([*title, *table(("contender", "GPUs", "s/step", "tok/s", "of perfect", "of stock's tok/s"), rows)])
 
 
 def all_measured(options: argparse.Namespace) -> Iterator[Result]:
     """Every contender on every number of GPUs, side by side."""
     for gpus in options.gpus:
-        for contender in options.contenders:
-            result = measured(contender, gpus, options)
-            print(run.describe({**result, "round": 0}), f"on {gpus}", flush=True)
-            yield result
+        at_once = room(gpus, options)
+        for start in range(0, len(options.contenders), at_once):
+            group = options.contenders[start : start + at_once]
+            with ThreadPoolExecutor(at_once) as pool:
+                running = [pool.submit(measured, name, gpus, options, place) for place, name in enumerate(group)]
+                for result in (one.result() for one in running):
+                    print(run.describe({**result, "round": 0}), f"on {gpus}", flush=True)
+                    yield result
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -89,12 +151,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", type=contenders.names, default=["stock", "sloth"])
     parser.add_argument("--gpus", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--together", action="store_true", help="contenders beside each other where GPUs are free")
     parser.add_argument("--tiny", action="store_true", help="the size of a test, for a CPU")
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one measurement may take")
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     """Measure and report; what was measured is written after each."""
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -104,7 +167,8 @@ def main(arguments: list[str] | None = None) -> None:
         results = with_shares(found)
         (options.out / "scaling.json").write_text(json.dumps(results, indent=1) + "\n")
         (options.out / "scaling.md").write_text(page(results, options.workload))
+    return int(any(result["status"] != "ok" for result in found))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
