@@ -16,6 +16,7 @@ from sloth_backend.config import SlothConfig
 from sloth_backend.findings import Edits, Finding
 from sloth_backend.hosts.sharding import sharding_of, sharding_problems, take_over_checkpointing
 from sloth_backend.run import BY_MODULE, REASON_BY_MODULE, Run
+from sloth_plugins.layer_programs import planner as planning
 from sloth_plugins.program_layers import planner_of
 
 NONE = SlothConfig(kernels=False)
@@ -111,3 +112,17 @@ def test_recordings_are_not_made_of_gathered_parameters() -> None:
     assert planner_of(model).is_sharded()
     sloth_backend.optimize(model, config={"print_report": False})
     assert not planner_of(model).is_sharded()
+
+
+def test_streams_that_gather_keep_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan leaves them the embedding and the head, whole, layers, and a share for gaps."""
+    monkeypatch.setattr(planning, "device_budget", lambda *args: 1 << 30)
+    model = make_model(Case("budgeted"), tiny.make_tokenizer())
+    phases.before_train(phases.begin(Run("user", SlothConfig(print_report=False), sharding="fsdp2"), model), model)
+    device = torch.device("cpu")
+    budget = planner_of(model)._budget(device)
+    ends = {id(end.weight): end.weight.numel() for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    assert budget is not None
+    assert budget < (1 << 30) * (1 - planning.STREAMS_SHARE) - 2 * sum(ends.values())
+    sloth_backend.optimize(model, config={"print_report": False})
+    assert planner_of(model)._budget(device) == 1 << 30

@@ -161,19 +161,18 @@ def _copy_scaled(columns: Sequence[torch.Tensor], adapters: Sequence[Adapter]) -
 
 
 def beside(x_TK: torch.Tensor, t_TR: torch.Tensor, width: int) -> torch.Tensor:
-    """[x | t | 0] (T, width): in the columns that were left free behind x, or of a copy of it."""
+    """[x | t | 0] (T, width): in the columns that were left free behind x, or in a copy."""
     n_in, rank = x_TK.shape[1], t_TR.shape[1]
     if n_in == width:
         return x_TK
-    if x_TK.stride() == (width, 1):
-        joined = x_TK.as_strided((x_TK.shape[0], width), (width, 1))
-    else:
-        joined = x_TK.new_empty(x_TK.shape[0], width)
-        joined[:, :n_in].copy_(x_TK)
-    _, own_TR, *rest = joined.split_with_sizes((n_in, rank, width - n_in - rank), 1)
+    rest = width - n_in - rank
+    if x_TK.stride() != (width, 1):
+        return torch.cat([x_TK, t_TR, *([x_TK.new_zeros(len(x_TK), rest)] if rest else ())], 1)
+    joined = x_TK.as_strided((x_TK.shape[0], width), (width, 1))
+    _, own_TR, free = joined.split_with_sizes((n_in, rank, rest), 1)
     own_TR.copy_(t_TR)
-    if n_in + rank < width:
-        rest[0].zero_()
+    if rest:
+        free.zero_()
     return joined
 
 

@@ -135,3 +135,34 @@ def test_weights_in_4_bits_are_not_packed_for_this_cpu(training: bool) -> None:
     assert not any(vars(linear.weight.quant_state).get("packing_format_for_cpu") for linear in linears)
     assert all(torch.equal(linear.weight, packed) for linear, packed in zip(linears, before, strict=True))
     assert all(module.training is training for module in model.modules())
+
+
+def in_8bit(model: Any) -> list[Any]:
+    """The linears of ``model``'s layers, now in bitsandbytes' 8 bits, which nobody has called yet."""
+    layers, found = model.model.layers, []
+    for name, linear in [*layers.named_modules()]:
+        if isinstance(linear, torch.nn.Linear):
+            packed = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+            packed.load_state_dict({"weight": linear.weight.detach(), "bias": torch.zeros(linear.out_features)})
+            parent, _, child = name.rpartition(".")
+            setattr(layers.get_submodule(parent), child, packed.to("cpu"))
+            found.append(packed)
+    model.is_loaded_in_8bit = True
+    return found
+
+
+def test_linears_of_8_bits_are_as_if_nobody_had_called_them() -> None:
+    """Where their scales have left the weight, ``model.to(device)`` leaves them behind on the device they were on."""
+    model = make_model("llama").requires_grad_(False).to(torch.bfloat16)
+    linears = in_8bit(model)
+    before = [(linear.weight.CB, linear.weight.SCB, linear.weight.data_ptr()) for linear in linears]
+    biases = {linear.bias.dtype for linear in linears}
+    assert all(CB is not None for CB, _, _ in before)
+    switched_on(adapted(model))
+    for linear, (CB, SCB, at) in zip(linears, before, strict=True):
+        assert linear.weight.CB is CB
+        assert linear.weight.SCB is SCB
+        assert linear.weight.data_ptr() == at
+        assert linear.state.CB is None
+        assert linear.state.SCB is None
+    assert {linear.bias.dtype for linear in linears} == biases

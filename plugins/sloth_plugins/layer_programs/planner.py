@@ -31,6 +31,8 @@ PASS_SECONDS, LAYER_SECONDS = 6e-3, 2e-3
 """What a pass costs the host by itself, and each of its layers, forward and backward: no pass is faster than that."""
 LAUNCH_SECONDS = 3.5e-3
 """What a layer costs the host that launches all of its kernels one by one, forward and backward."""
+STREAMS_SHARE = 0.03
+"""Of a device whose parameters are gathered by streams of their own: what is left for gaps between their buffers."""
 
 
 def shared_budget(run: Run) -> int | None:
@@ -309,7 +311,20 @@ class Planner:
         budget = self.shared_budget
         if budget is None:
             budget = device_budget(device, self.run.config)
+        if budget is not None and self.is_sharded():
+            budget = max(0, budget - self._streams_bytes(budget))
         return budget if self.limit is None else min(self.limit, budget or self.limit)
+
+    def _streams_bytes(self, budget: int) -> int:
+        """What the streams that gather parameters hold and no other stream can take, of a device of ``budget``.
+
+        The allocator keeps the memory of each stream apart: buffers of the outermost units and of layers stay with
+        the one that gathered them, and where they come and go among other tensors, gaps stay.
+        """
+        model: Any = self.model()
+        ends = (model.get_input_embeddings(), self._head()) if model is not None else ()
+        whole = {id(end.weight): end.weight.numel() * head.GATHERED_ITEMSIZE for end in ends if end is not None}
+        return int(STREAMS_SHARE * budget) + sum(whole.values()) + self._gathered_bytes()
 
     def _host(self) -> int:
         return host_budget() if self.offloads else 0

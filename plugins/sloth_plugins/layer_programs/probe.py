@@ -71,7 +71,7 @@ def _run_decoder(model: Any, masks: list[torch.Tensor]) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and every module back in its own mode afterwards.
+    """Evaluation mode without gradients, and every module as it was afterwards.
 
     For bitsandbytes' 4-bit linears training is no other mode but for one thing: where they evaluate on a CPU with
     products of bfloat16, they pack their weights anew, with rounded scales, for good. So they stay in it.
@@ -82,11 +82,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.training = True
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _never_called([module for module, _ in modes]):
             yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _never_called(modules: Sequence[Any]) -> Iterator[None]:
+    """Linears of bitsandbytes afterwards are as if nobody had called them.
+
+    At their first call those of 8 bits take the scales out of the weight, where a later ``model.to(device)`` would not
+    find them: kernels would read them on the device that the model was on. And biases are cast, for good.
+    """
+    linears = [module for module in modules if type(module).__module__.startswith("bitsandbytes.")]
+    biases = [(linear, linear.bias.data) for linear in linears if getattr(linear, "bias", None) is not None]
+    quantised = [linear for linear in linears if getattr(linear.weight, "CB", None) is not None]
+    scales = [(linear, linear.weight.data, linear.weight.CB, linear.weight.SCB) for linear in quantised]
+    try:
+        yield
+    finally:
+        for linear, data in biases:
+            linear.bias.data = data
+        for linear, data, CB, SCB in scales:
+            linear.weight.data, linear.weight.CB, linear.weight.SCB = data, CB, SCB
+            linear.state.CB = linear.state.SCB = None
 
 
 def constants_of(kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
