@@ -8,6 +8,10 @@ COUNTS = (
     "counts how often PEFT computes an adapted weight; the trial passes that switching on makes are counted too. The "
     "forward after that computes it as often as without us"
 )
+LAST_DIGITS = (
+    "compares LoRA with DoRA to the last digits of float32: LoRA runs on our op, whose sums are in another order, DoRA "
+    "on PEFT's code"
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ SUITES = {
         keyword=f"{BNB} and not training_multi_gpu",
         bare=True,
         gpus=1,
+        refused={"*::test_4bit_dora_inference": LAST_DIGITS},
     ),
     "peft-bnb-two": Suite(
         "peft",

@@ -161,7 +161,10 @@ def _losses(results: Sequence[Result]) -> list[str]:
         )
         for r in results
     ]
-    rule = "Largest distances of a step, as shares of stock's loss; the rule is in `seventy/report.py`."
+    rule = (
+        "Largest distances of a step, as shares of stock's loss; "
+        "the rule is in `integration_tests/benchmarks/seventy/report.py`."
+    )
     header = ("contender", "losses", "from stock", "from float32", "allowed", "within")
     return [rule, "", *table(header, rows)]
 
