@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,17 +70,27 @@ def options(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
 
 
 def rows(folder: Path, kind: str) -> Path:
-    """A file of 48 rows: ``alpaca``, or ``pairs`` of a chosen and a rejected answer."""
+    """A file of 48 rows of one of ``ROWS``."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{kind}.jsonl"
     if not path.exists():
-        said = [tiny.sentences(48, seed) for seed in (1, 2, 3)]
-        names = {"alpaca": ("instruction", "output", "input"), "pairs": ("prompt", "chosen", "rejected")}[kind]
-        found = [dict(zip(names, row, strict=True)) for row in zip(*said, strict=True)]
-        for row in found if kind == "alpaca" else ():
-            row["input"] = ""
+        said = zip(*(tiny.sentences(48, seed) for seed in (1, 2, 3)), strict=True)
+        found = [ROWS[kind](number, *three) for number, three in enumerate(said)]
         path.write_text("".join(f"{json.dumps(row)}\n" for row in found))
     return path
+
+
+def _chat(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+ROWS: dict[str, Callable[..., dict[str, Any]]] = {
+    "alpaca": lambda _, ask, answer, __: {"instruction": ask, "output": answer, "input": ""},
+    "pairs": lambda _, ask, good, bad: {"prompt": ask, "chosen": good, "rejected": bad},
+    "labelled": lambda number, ask, good, _: {"prompt": ask, "completion": good, "label": number % 2 == 0},
+    "chats": lambda _, ask, good, bad: {"chosen": _chat(ask, good), "rejected": _chat(ask, bad)},
+}
+"""What is asked and answered: plainly, well and badly, with a verdict, and as two conversations."""
 
 
 def write(path: Path, given: dict[str, Any]) -> Path:

@@ -33,6 +33,13 @@ PAIRS = {
     "chosen_format": "{chosen}",
     "rejected_format": "{rejected}",
 }
+VERDICTS = {"field_prompt": "prompt", "field_completion": "completion", "field_label": "label"}
+PREFERENCES: dict[str, dict[str, Any]] = {
+    "dpo": {"type": PAIRS, "rows": "pairs"},
+    "kto": {"type": VERDICTS, "rows": "labelled"},
+    "orpo": {"type": "chat_template.argilla", "rows": "chats"},
+}
+"""What Axolotl's data are for each way to learn from preferences."""
 FULL = {"adapter": None, "lora_r": None, "lora_alpha": None, "lora_target_linear": None}
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"gradient_checkpointing": True},
@@ -46,6 +53,8 @@ SLOW_KINDS: dict[str, dict[str, Any]] = {
     "packed_evaluation": {"val_set_size": 0.3, "eval_steps": 2, "eval_strategy": "steps", "sample_packing": True},
     "dpo": {"rl": "dpo"},
     "dpo_full": {"rl": "dpo", **FULL},
+    "kto": {"rl": "kto", "remove_unused_columns": False},
+    "orpo": {"rl": "orpo", "chat_template": "chatml", "remove_unused_columns": False},
 }
 
 
@@ -53,8 +62,9 @@ def of_kind(folder: Path, model: Path, kind: dict[str, Any], **changes: Any) -> 
     """The options of a run of one of ``KINDS``."""
     data: dict[str, Any] = {}
     if kind.get("rl"):
-        path = str(axolotl_runs.rows(folder, "pairs"))
-        data["datasets"] = [{"path": path, "ds_type": "json", "type": PAIRS, "split": "train"}]
+        wanted = PREFERENCES[kind["rl"]]
+        path = str(axolotl_runs.rows(folder, wanted["rows"]))
+        data["datasets"] = [{"path": path, "ds_type": "json", "type": wanted["type"], "split": "train"}]
     return options(folder, model, **{**data, **kind, **changes})
 
 
