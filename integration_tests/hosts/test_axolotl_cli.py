@@ -121,6 +121,18 @@ def test_preprocess_and_inference(installed: dict[str, str], model_folder: Path,
 
 
 @pytest.mark.slow
+def test_evaluate(installed: dict[str, str], model_folder: Path, tmp_path: Path) -> None:
+    found = []
+    for switch in (STOCK, {"use_unsloth": True}):
+        config = yaml(tmp_path, model_folder, val_set_size=0.2, **switch)
+        output = axolotl(installed, "evaluate", config, "--launcher", "python")
+        found.append([float(value) for value in re.findall(r"eval_loss\W+([\d.]+)", output)])
+        assert ("sloth_backend ·" in output) is (switch is not STOCK)
+    assert found[0]
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_the_plugin_by_name_does_without_autoload(
     installed: dict[str, str], model_folder: Path, tmp_path: Path
 ) -> None:

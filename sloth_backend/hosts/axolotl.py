@@ -32,7 +32,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HOOKS = ("register", "get_input_args", "pre_lora_load", "post_model_load", "post_trainer_create")
+HOOKS = (
+    "register",
+    "get_input_args",
+    "pre_lora_load",
+    "post_model_load",
+    "add_callbacks_post_trainer",
+    "post_trainer_create",
+)
 TOKENIZERS, LOADER = "axolotl.loaders.tokenizer", "load_tokenizer"
 DATA, HASHED = "axolotl.utils.data.shared", "DATASET_HASH_CONFIG_EXTRA_FIELDS"
 LENGTHS, CUTTER = "axolotl.utils.data.utils", "handle_long_seq_in_dataset"
@@ -115,6 +122,17 @@ class SlothPlugin(BasePlugin):
             session.run = replace(session.run, config=options)
             phases.before_train(session, model)
 
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """``axolotl evaluate`` makes a trainer and tells nobody: phase C comes with its first evaluation."""
+
+        def evaluate(*args: Any, **kwargs: Any) -> Any:
+            self.post_trainer_create(cfg, trainer)
+            return trainer.evaluate(*args, **kwargs)
+
+        if is_asked(cfg):
+            trainer.evaluate = functools.wraps(trainer.evaluate)(evaluate)
+        return []
+
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         """Phase C: model, adapters and trainer are complete."""
         from sloth_backend import phases
@@ -124,6 +142,7 @@ class SlothPlugin(BasePlugin):
 
         if not is_asked(cfg):
             return
+        vars(trainer).pop("evaluate", None)
         session = phases.find_session(trainer.model) or _after_load(None, cfg, trainer.model, trainer.processing_class)
         with phases.all_or_nothing(session):
             check_sharding(session, trainer)
