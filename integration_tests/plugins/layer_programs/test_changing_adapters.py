@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import pytest
 import torch
 
-from integration_tests.plugins.layer_programs.common import WHOLE_BLOCKS, assert_same, quantised, switched_on, train
+import sloth_backend
+from integration_tests.plugins.layer_programs.common import (
+    WHOLE_BLOCKS,
+    assert_same,
+    llama,
+    quantised,
+    switched_on,
+    train,
+)
 from integration_tests.plugins.layer_programs.common import adapted as with_adapters
+from integration_tests.plugins.layer_programs.conftest import Call
 from integration_tests.sameness.architectures import make_batches, make_model
+from sloth_backend.findings import Finding
 from sloth_plugins.kernel_patching.linears import LiveLinear
 
 
@@ -61,3 +73,73 @@ def test_a_linear_is_read_as_the_same_object_until_it_changes() -> None:
     assert second.adapters[0].scale != 3.0
     module.set_adapter([])
     assert not live.read().adapters
+
+
+# A model that PEFT changes after it was switched on: what programs were made of is no longer what is inside the layers.
+
+LATER: list[dict[str, Any]] = [
+    {},
+    {"lora_dropout": 0.1},
+    {"target_modules": ["q_proj"]},
+    {"target_modules": ["down_proj"], "layers_to_transform": [1]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm"]},
+    {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 7]},
+]
+
+
+def replaced(model: Any) -> list[Finding]:
+    """What the report says of modules that were replaced."""
+    return [f for f in sloth_backend.report(model).of(action="warned") if f.capability == "layer_program"]
+
+
+@pytest.mark.parametrize("options", LATER, ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_adapters_that_come_after_the_switch_train(
+    name: str, options: dict[str, Any], runs: list[Call], caplog: pytest.LogCaptureFixture
+) -> None:
+    if name == "phi3" and "target_modules" in options:
+        options = {**options, "target_modules": ["o_proj"]}
+    mine = with_adapters(switched_on(make_model(name)), **options).train()
+    stock = with_adapters(make_model(name), **options).train()
+    caplog.set_level(logging.WARNING, "sloth_backend")
+    assert_same(train(mine), train(stock))
+    assert len(runs) == (2 * len(make_batches()) if "layers_to_transform" in options else 0)
+    assert len(replaced(mine)) == 1
+    assert [record.getMessage() for record in caplog.records] == [replaced(mine)[0].reason]
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_switched_on_again_they_run_as_programs(undone: bool, runs: list[Call]) -> None:
+    mine, stock = with_adapters(switched_on(make_model("llama"))).train(), with_adapters(make_model("llama")).train()
+    train(mine)
+    if undone:
+        sloth_backend.undo(mine)
+        assert not any("forward" in vars(module) for module in mine.modules())
+        assert_same(train(mine), train(stock))
+    assert_same(train(switched_on(mine)), train(stock))
+    assert not replaced(mine)
+    assert len(runs) == 3 * len(make_batches())
+
+
+def test_adapters_that_are_taken_out_are_not_computed(runs: list[Call]) -> None:
+    mine, stock = switched_on(llama()).train(), llama().train()
+    train(mine, make_batches(1))
+    del runs[:]
+    with torch.no_grad():
+        ours, theirs = (model.unload()(**make_batches()[0], use_cache=False).logits for model in (mine, stock))
+    torch.testing.assert_close(ours, theirs)
+    assert not runs
+
+
+@pytest.mark.parametrize("kernels", [True, ["lora"]], ids=["programs", "linears"])
+def test_a_base_that_is_replaced_below_its_adapters(kernels: Any) -> None:
+    results = []
+    for model in (switched_on(llama(), kernels=kernels).train(), llama().train()):
+        linear = model.base_model.model.model.layers[1].self_attn.q_proj
+        other = torch.nn.Linear(48, 48, bias=False).requires_grad_(False)
+        other.weight.copy_(linear.base_layer.weight.flip(0))
+        linear.base_layer = other
+        results.append(train(model))
+    assert_same(*results)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,7 @@ from integration_tests.plugins.layer_programs.common import adapted, assert_same
 from integration_tests.plugins.layer_programs.conftest import Call
 from integration_tests.sameness.architectures import make_batches, make_model
 from sloth_backend.plan import MemoryPlan
+from sloth_plugins.kernel_patching.modules import CAPTURING, captures
 from sloth_plugins.layer_programs.costs import Shape
 from sloth_plugins.layer_programs.planner import Planner
 
@@ -64,6 +67,52 @@ def test_hidden_states() -> None:
     assert len(ours.hidden_states) == LAYERS + 1
     for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def captured(model: Any, asked: str, by_config: bool = False) -> list[torch.Tensor]:
+    """What a call gives that asks for ``attentions`` or ``hidden_states``, by an argument or by the configuration."""
+    own, name = model.get_base_model(), f"output_{asked}"  # PEFT would hand on that nothing is asked for
+    setattr(own.config, name, by_config)
+    found = getattr(own(**make_batches()[0], **({} if by_config else {name: True})), asked)
+    setattr(own.config, name, False)
+    return list(found)
+
+
+@pytest.mark.parametrize("by_config", [False, True])
+@pytest.mark.parametrize("asked", ["attentions", "hidden_states"])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_call_that_captures_leaves_the_next_ones_programs(
+    before: bool, asked: str, by_config: bool, runs: list[Call]
+) -> None:
+    """transformers' hooks stay where they are, and do nothing where nobody asks."""
+    model = llama()
+    if before:
+        captured(model, asked)
+    mine, stock = twins(model)
+    for passes in (0, 3, 6):
+        assert len(runs) == passes * LAYERS
+        ours, theirs = (captured(each, asked, by_config) for each in (mine, stock))
+        assert len(runs) == passes * LAYERS
+        assert len(ours) == len(theirs) >= LAYERS
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert_same(train(mine), train(stock))
+
+
+def test_a_hook_beside_those_that_capture_is_called(runs: list[Call]) -> None:
+    mine, _ = twins(llama())
+    captured(mine, "attentions")
+    heard: list[str] = []
+    layer_of(mine, 1).self_attn.register_forward_hook(lambda *args: heard.append("attention"))
+    train(mine, make_batches(1))
+    assert heard == ["attention"]
+    assert len(runs) == LAYERS - 1
+
+
+def test_hooks_of_another_transformers_may_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not captures()
+    monkeypatch.setitem(sys.modules, CAPTURING, types.ModuleType(CAPTURING))
+    assert captures()
 
 
 def test_an_argument_that_only_a_head_reads_is_no_obstacle(runs: list[Call]) -> None:

@@ -350,6 +350,14 @@ def test_readers_that_are_gone_are_forgotten(asked: Asked) -> None:
     assert asked.frozen == FROZEN_INPUT
 
 
+def test_what_transformers_captures_with_is_no_reader(asked: Asked) -> None:
+    """It leaves a hook on each layer, which nobody hears in a call that does not ask for hidden states."""
+    mine, stock = twins(checkpointing(llama()))
+    mine(**BATCH[0], output_hidden_states=True)
+    assert_same(train(mine, BATCH), train(stock, BATCH))
+    assert asked.frozen == FROZEN_INPUT
+
+
 TRAINED: list[dict[str, Any]] = [
     {"modules_to_save": ["embed_tokens"]},
     {"target_modules": ["embed_tokens", "q_proj", "v_proj"]},
@@ -358,13 +366,14 @@ TRAINED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", TRAINED, ids=lambda options: next(iter(options)))
-def test_embeddings_that_train(options: dict[str, Any]) -> None:
+def test_embeddings_that_train(options: dict[str, Any], runs: list[Call]) -> None:
     stock = checkpointing(llama(**options)).train()
     for name, parameter in stock.named_parameters():
         if "lora_embedding" in name:
             nn.init.normal_(parameter, std=0.05)
     mine = switched_on(copy.deepcopy(stock))
     found = train(mine, BATCH)
+    assert len(runs) == LAYERS
     assert any("embed" in name for name in found)
     assert_same(found, train(stock, BATCH))
 

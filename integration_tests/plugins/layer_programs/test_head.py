@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from integration_tests import tiny
-from integration_tests.plugins.layer_programs.common import switched_on
-from integration_tests.sameness.architectures import make_batches
+from integration_tests.plugins.layer_programs.common import adapted, switched_on
+from integration_tests.sameness.architectures import make_batches, make_model
 from sloth_plugins.layer_programs import head
 from sloth_plugins.layer_programs.head import LOSS_TILES, TRAINED_TILES, LossTile
 from sloth_plugins.layer_programs.layer import documents_shape
@@ -68,6 +69,22 @@ def test_a_tied_heads_gradient_waits_for_the_embeddings(tied: bool, trained: boo
     weight = model.get_output_embeddings().weight
     assert head.waiting_bytes(model) == (weight.nbytes if tied and trained else 0)
     assert head.waiting_bytes(None) == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_that_train_by_themselves(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their embedding's weight would be copied for a look at it, has no gradient that stays; the loss makes both."""
+    model = make_model("llama", dtype=torch.bfloat16, tie_word_embeddings=tied)
+    rows = adapted(model, trainable_token_indices=[3, 5]).get_base_model()
+    own = rows.get_output_embeddings()
+    assert hasattr(own, "token_adapter") is tied
+    monkeypatch.setattr(TrainableTokensLayer, "get_merged_weights", lambda *args: pytest.fail("copied"))
+    assert head.still_free(rows) == (0, 0)
+    assert head.waiting_bytes(rows) == 0
+    assert head.tiles_of(own) == (TRAINED_TILES if tied else LOSS_TILES)
+    frozen = nn.Linear(48, 99, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    more = [head.cost(each, 0, 64, LOSS_TILES[0])[0] for each in (own, frozen)]
+    assert more[0] - more[1] == (2 * frozen.weight.nbytes if tied else 0)
 
 
 @given(tokens=st.integers(1, 200_000), longest=st.integers(1, 200_000))

@@ -21,7 +21,8 @@ from integration_tests.plugins.layer_programs.common import (
     train,
     twins,
 )
-from integration_tests.sameness.architectures import SPECIALS, make_model
+from integration_tests.plugins.layer_programs.conftest import Call
+from integration_tests.sameness.architectures import SPECIALS, make_batches, make_model
 
 LAYER_NORMS = {"cohere": "its CohereLayerNorm is no rms_norm that the kernels know"}
 """Architectures without programs, and why."""
@@ -67,6 +68,28 @@ def test_4bit_weights(options: dict[str, Any]) -> None:
 )
 def test_other_adapters_keep_their_own_forward(options: dict[str, Any], reason: str) -> None:
     assert reasons(switched_on(llama(**options))) == {reason}
+
+
+EMBEDDINGS: list[dict[str, Any]] = [
+    {"target_modules": ["embed_tokens", "q_proj", "down_proj"]},
+    {"trainable_token_indices": [3, 5, 7]},
+    {"modules_to_save": ["embed_tokens"]},
+]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("options", EMBEDDINGS, ids=lambda options: next(iter(options)))
+def test_an_adapted_embedding_is_no_obstacle(options: dict[str, Any], name: str, runs: list[Call]) -> None:
+    """Its adapters train with it; that of ``qwen3`` is the head too."""
+    model = adapted(make_model(name), **options)
+    for part, parameter in model.named_parameters():
+        if "lora_embedding" in part:
+            torch.nn.init.normal_(parameter, std=0.05)
+    mine, stock = twins(model)
+    expected = train(stock)
+    assert any("embed" in part for part in expected)
+    assert_same(train(mine), expected)
+    assert len(runs) == 3 * len(make_batches())
 
 
 def test_one_odd_linear_keeps_one_layer_from_being_a_program() -> None:

@@ -61,6 +61,8 @@ class LiveLinear:
         if module._forward_pre_hooks or module._forward_hooks:
             return "has hooks"
         if layer is not None:
+            if layer._modules["base_layer"] is not self._base.module:
+                return "its base layer was replaced"
             if layer._disable_adapters:
                 return "its adapters are disabled"
             if layer.merged_adapters:

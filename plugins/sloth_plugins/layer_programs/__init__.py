@@ -28,7 +28,7 @@ from sloth_kernels.dense_cache import DenseCache
 from sloth_kernels.op import Op
 from sloth_kernels.recording import CudaCapture
 from sloth_plugins.kernel_patching.match import Matcher
-from sloth_plugins.kernel_patching.modules import HOOKS
+from sloth_plugins.kernel_patching.modules import HOOKS, Children, is_heard
 from sloth_plugins.layer_programs.assemble import Assembler, LayerProgram, MisfitError
 from sloth_plugins.layer_programs.checkpointing import leave_alone
 from sloth_plugins.layer_programs.first_input import FirstInput
@@ -44,6 +44,13 @@ from sloth_plugins.program_layers import forget_weights, mark, set_planner
 CAPABILITY = "layer_program"
 OPS = ("rms_norm", "rope", "glu", "lora", "attention")
 """What a program is made of: where one of them is switched off, modules are patched one by one instead."""
+REPLACED = Finding(
+    "warned",
+    "layers",
+    "modules inside layers were replaced after the backend was switched on, as get_peft_model does: such layers run as "
+    "they are, not as programs; call optimize after PEFT, or undo(model) and optimize again",
+    CAPABILITY,
+)
 
 
 @hookimpl
@@ -147,11 +154,15 @@ def _watched(layer: nn.Module) -> list[Any]:
 def _forward(layer: nn.Module, made: LayerProgram, passes: Passes, index: int) -> Callable[..., Any]:
     """The layer's forward: its program where the call allows it, else its own."""
     original, owner, watched = type(layer).forward, weakref.ref(layer), _watched(layer)
+    children = Children(layer, {live.module for live in made.linears})
 
     @functools.wraps(original)
     def forward(self: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # A deep copy of the layer brings this method along, but the program reads the original's weights.
-        foreign = args or self is not owner() or any(watched)
+        foreign = args or self is not owner() or is_heard(watched)
+        if children.were_replaced() and self is owner():
+            passes.warn(REPLACED)
+            foreign = True
         constants = None if foreign else constants_of(_without_idle_cache(self, kwargs))
         if constants is None or any(live.obstacle() for live in made.linears):
             return original(self, hidden_states, *args, **kwargs)

@@ -24,6 +24,7 @@ from sloth_backend.findings import Edits
 from sloth_backend.run import find_embedding
 from sloth_kernels.adapters import autocast_dtype
 from sloth_kernels.program import Program
+from sloth_plugins.kernel_patching.modules import is_capture
 
 HOST_HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 """Functions that only say ``output.requires_grad_(True)``, by their names in ``HOSTS``."""
@@ -105,7 +106,10 @@ class FirstInput:
         if not any(_is_hosts(hook) for hook in embedding._forward_hooks.values()):
             return False
         tables = embedding._forward_hooks, decoder._forward_pre_hooks, layer._forward_pre_hooks, layer._forward_hooks
-        if not all(_is_hosts(hook) or _is_ours(hook) for table in tables for hook in table.values()):
+        # Hidden states, which transformers collects by hooks, were not asked for.
+        if not all(
+            _is_hosts(hook) or _is_ours(hook) or is_capture(hook) for table in tables for hook in table.values()
+        ):
             return False
         # Wrapped since, it may be seen by hooks of its wrapper.
         is_frozen = not any(parameter.requires_grad for parameter in embedding.parameters())

@@ -26,28 +26,45 @@ ROUNDING_SECONDS = 1e-3
 """What an exact sum is worth: it is given up only where memory is short."""
 
 
+def parameter_of(module: Any) -> Any:
+    """The weight of a head or an embedding.
+
+    Some of whose rows PEFT trains by themselves: those it was loaded with, as each look at ``weight`` makes a new one.
+    """
+    rows = getattr(module, "token_adapter", None)
+    return module.weight if rows is None else rows.base_layer.weight
+
+
+def _trains(head: Any) -> bool:
+    """Whether the loss makes a gradient of the whole head: also where only some of its rows keep theirs."""
+    return parameter_of(head).requires_grad or hasattr(head, "token_adapter")
+
+
 def tiles_of(head: Any) -> tuple[LossTile, ...]:
     """What there is to choose from for ``head``, an ``nn.Linear`` or None."""
-    trained = head is not None and head.weight.requires_grad and head.weight.dtype == torch.bfloat16
+    trained = head is not None and _trains(head) and parameter_of(head).dtype == torch.bfloat16
     return TRAINED_TILES if trained else LOSS_TILES
 
 
 def cost(head: Any, hidden_bytes: int, tokens: int, tile: LossTile) -> tuple[int, float]:
     """Bytes of the last norm's output, what is made of it, and a tile of logits; seconds that small tiles cost."""
-    if head is None or head.weight.dim() != 2:
+    weight = None if head is None else parameter_of(head)
+    if weight is None or weight.dim() != 2:
         return 4 * hidden_bytes, 0.0
-    row = 2 * head.weight.shape[0]
+    row = 2 * weight.shape[0]
     rows = min(tokens, rows_per_chunk(tokens, row, tile.size))
     held, several = rows * row, rows < tokens
-    if head.weight.requires_grad:
+    if _trains(head):
         # A sum over several tiles is in float32, and then rounded when the logits have gone.
-        size, wide = head.weight.numel(), several and not tile.rounded_sums
+        size, wide = weight.numel(), several and not tile.rounded_sums
         held = 4 * size + max(held, 2 * size) if wide else 2 * size + held
-    if type(head.weight).__name__ == "DTensor":
+    if hasattr(head, "token_adapter"):
+        held += weight.nbytes  # with its rows in their places
+    if type(weight).__name__ == "DTensor":
         # A unit of its own that is yet to be gathered: whole, beside the buffer that it comes in.
-        held += 2 * head.weight.numel() * GATHERED_ITEMSIZE
+        held += 2 * weight.numel() * GATHERED_ITEMSIZE
     # Each tile reads the whole head three times.
-    seconds = 3 * head.weight.nbytes / BYTES * (tokens / rows - 1)
+    seconds = 3 * weight.nbytes / BYTES * (tokens / rows - 1)
     return 4 * hidden_bytes + held, seconds + ROUNDING_SECONDS * (tile.rounded_sums and several)
 
 
@@ -55,8 +72,8 @@ def still_free(model: Any) -> tuple[int, int]:
     """Bytes of the gradients of the embedding, and of a head that is not tied to it, before backward has made them."""
     if model is None or (embedding := model.get_input_embeddings()) is None:
         return 0, 0
-    head = model.get_output_embeddings()
-    weights = embedding.weight, head.weight if head is not None and head.weight is not embedding.weight else None
+    head, own = model.get_output_embeddings(), parameter_of(embedding)
+    weights = own, parameter_of(head) if head is not None and parameter_of(head) is not own else None
     first, second = (weight.nbytes if weight is not None and weight.requires_grad else 0 for weight in weights)
     return first, second
 
@@ -68,5 +85,5 @@ def waiting_bytes(model: Any) -> int:
     """
     if model is None or (head := model.get_output_embeddings()) is None:
         return 0
-    tied = head.weight is model.get_input_embeddings().weight
-    return head.weight.nbytes if tied and head.weight.requires_grad else 0
+    weight, embedded = parameter_of(head), parameter_of(model.get_input_embeddings())
+    return weight.nbytes if weight is embedded and weight.requires_grad else 0

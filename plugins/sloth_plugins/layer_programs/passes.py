@@ -77,6 +77,7 @@ class Passes:
         self.count = 0
         self.began = True
         """Whether the last pass began a step; a pass that begins one is taken to be all of it if the last did too."""
+        self.warned = set[Finding]()
 
     def run_layer(self, index: int, x: torch.Tensor, constants: Mapping[str, Any]) -> torch.Tensor:
         """The output of layer ``index`` for its input (B, S, H)."""
@@ -102,6 +103,12 @@ class Passes:
         if self.rings is not None and self.to_come[0] and not self.to_come[index]:
             self.rings.settle()
         return y
+
+    def warn(self, finding: Finding) -> None:
+        """Say it, once."""
+        if finding not in self.warned:
+            self.warned.add(finding)
+            self._say(finding)
 
     def _begin(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
         began = self.planner.begins_a_step()

@@ -323,8 +323,9 @@ class Planner:
         """
         model: Any = self.model()
         ends = (model.get_input_embeddings(), self._head()) if model is not None else ()
-        whole = {id(end.weight): end.weight.numel() * head.GATHERED_ITEMSIZE for end in ends if end is not None}
-        return int(STREAMS_SHARE * budget) + sum(whole.values()) + self._gathered_bytes()
+        whole = {head.parameter_of(end) for end in ends if end is not None}
+        gathered = head.GATHERED_ITEMSIZE * sum(weight.numel() for weight in whole)
+        return int(STREAMS_SHARE * budget) + gathered + self._gathered_bytes()
 
     def _host(self) -> int:
         return host_budget() if self.offloads else 0

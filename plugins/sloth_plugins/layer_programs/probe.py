@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sloth_kernels.program import OUTPUT, Program
+from sloth_plugins.layer_programs.head import parameter_of
 from sloth_plugins.layer_programs.layouts import effect_free
 
 ROWS, LENGTH = 2, 7
@@ -59,9 +60,8 @@ def observe(model: nn.Module, layers: Sequence[nn.Module]) -> dict[nn.Module, li
 def _run_decoder(model: Any, masks: list[torch.Tensor]) -> None:
     """Two passes; what is real of each goes to ``masks`` before it starts."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
-    device = model.get_input_embeddings().weight.device
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(ROWS * LENGTH, device=device).view(ROWS, LENGTH) * 7919 + 11) % vocabulary
+    weight = parameter_of(model.get_input_embeddings())  # PEFT's wrappers have no num_embeddings
+    ids = (torch.arange(ROWS * LENGTH, device=weight.device).view(ROWS, LENGTH) * 7919 + 11) % weight.shape[0]
     padded = torch.ones_like(ids)
     padded[0, :3] = 0
     for mask in (None, padded):
