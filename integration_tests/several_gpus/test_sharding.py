@@ -17,6 +17,7 @@ from sloth_backend.findings import Edits, Finding
 from sloth_backend.hosts.sharding import sharding_of, sharding_problems, take_over_checkpointing
 from sloth_backend.run import BY_MODULE, REASON_BY_MODULE, Run
 from sloth_plugins.layer_programs import planner as planning
+from sloth_plugins.layer_programs.sharded import STREAMS_SHARE
 from sloth_plugins.program_layers import planner_of
 
 NONE = SlothConfig(kernels=False)
@@ -123,6 +124,6 @@ def test_streams_that_gather_keep_memory_of_their_own(monkeypatch: pytest.Monkey
     budget = planner_of(model)._budget(device)
     ends = {id(end.weight): end.weight.numel() for end in (model.get_input_embeddings(), model.get_output_embeddings())}
     assert budget is not None
-    assert budget < (1 << 30) * (1 - planning.STREAMS_SHARE) - 2 * sum(ends.values())
+    assert budget < (1 << 30) * (1 - STREAMS_SHARE) - 2 * sum(ends.values())
     sloth_backend.optimize(model, config={"print_report": False})
     assert planner_of(model)._budget(device) == 1 << 30

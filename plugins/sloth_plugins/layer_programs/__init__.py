@@ -1,9 +1,9 @@
 """Layer programs: a decoder layer that can be taken apart runs as one function that keeps what the memory plan says.
 
 ``layouts`` is what is known of layers, ``assemble`` builds programs from it, ``probe`` asks the model whether they are
-right, ``layer``, ``costs`` and ``head`` say what they cost, ``planner`` plans and ``passes`` runs them, ``first_input``
-knows whether anybody wants the gradient of what they start from, ``given`` reads a plan that another plugin made.
-docs/memory-plan.md tells the whole.
+right, ``layer``, ``costs``, ``head`` and ``sharded`` say what they cost, ``planner`` plans and ``passes`` runs them,
+``first_input`` knows whether anybody wants the gradient of what they start from, ``given`` reads a plan that another
+plugin made. docs/memory-plan.md tells the whole.
 """
 
 from __future__ import annotations

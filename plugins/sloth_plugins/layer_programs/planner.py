@@ -19,7 +19,7 @@ from sloth_backend.plan import Cached, Costs, Level, MemoryPlan
 from sloth_backend.run import Run
 from sloth_kernels.linears import DENSE_TRAFFIC
 from sloth_kernels.program import INPUT
-from sloth_plugins.layer_programs import head
+from sloth_plugins.layer_programs import head, sharded
 from sloth_plugins.layer_programs.costs import BYTES, Estimate, Shape, levels_of
 from sloth_plugins.layer_programs.head import LossTile
 from sloth_plugins.layer_programs.layer import Layer, documents_shape
@@ -31,8 +31,6 @@ PASS_SECONDS, LAYER_SECONDS = 6e-3, 2e-3
 """What a pass costs the host by itself, and each of its layers, forward and backward: no pass is faster than that."""
 LAUNCH_SECONDS = 3.5e-3
 """What a layer costs the host that launches all of its kernels one by one, forward and backward."""
-STREAMS_SHARE = 0.03
-"""Of a device whose parameters are gathered by streams of their own: what is left for gaps between their buffers."""
 
 
 def shared_budget(run: Run) -> int | None:
@@ -289,18 +287,11 @@ class Planner:
             # Of FSDP2: a pass that does not exchange its gradients leaves them whole.
             whole = sum(p.numel() * (self.run.gathers_as or p.dtype).itemsize for p in trained if p.grad is None)
             self.waiting_bytes = max(0, whole - gradients)
-        return now + gradients + state + self._gathered_bytes()
+        return now + gradients + state + (sharded.gathered_bytes(self.layers) if self.is_sharded() else 0)
 
     def is_sharded(self) -> bool:
         """Whether parameters are gathered for the layer that runs: their memory comes and goes."""
         return self.run.sharding is not None or any(type(p).__name__ == "DTensor" for p in self._parameters())
-
-    def _gathered_bytes(self) -> int:
-        """Of the layer that runs and the one that is gathered meanwhile, the gradients of the last one on their way."""
-        if not self.is_sharded():
-            return 0
-        linears = (layer.made.linears for layer in self.layers)
-        return 3 * max(sum(p.nbytes for live in own for p in live.module.parameters()) for own in linears)
 
     def _head(self) -> Any:
         """The model's head; None where it has none."""
@@ -312,20 +303,8 @@ class Planner:
         if budget is None:
             budget = device_budget(device, self.run.config)
         if budget is not None and self.is_sharded():
-            budget = max(0, budget - self._streams_bytes(budget))
+            budget = max(0, budget - sharded.streams_bytes(self.model(), self.layers, budget))
         return budget if self.limit is None else min(self.limit, budget or self.limit)
-
-    def _streams_bytes(self, budget: int) -> int:
-        """What the streams that gather parameters hold and no other stream can take, of a device of ``budget``.
-
-        The allocator keeps the memory of each stream apart: buffers of the outermost units and of layers stay with
-        the one that gathered them, and where they come and go among other tensors, gaps stay.
-        """
-        model: Any = self.model()
-        ends = (model.get_input_embeddings(), self._head()) if model is not None else ()
-        whole = {head.parameter_of(end) for end in ends if end is not None}
-        gathered = head.GATHERED_ITEMSIZE * sum(weight.numel() for weight in whole)
-        return int(STREAMS_SHARE * budget) + gathered + self._gathered_bytes()
 
     def _host(self) -> int:
         return host_budget() if self.offloads else 0
