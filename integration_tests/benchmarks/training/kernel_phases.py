@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 Event = dict[str, Any]
@@ -64,16 +65,19 @@ def busy_microseconds(events: Iterable[Event]) -> float:
 def longest_gaps(events: Iterable[Event]) -> list[dict[str, Any]]:
     """Where nothing ran for longest between the first and the last of ``events``: when, for how long, what ran before
     and what after."""
-    first, *others = sorted(events, key=lambda event: event["ts"])
-    gaps, last = list[dict[str, Any]](), first
-    for event in others:
-        end = last["ts"] + last["dur"]
-        if event["ts"] > end:
-            at, seconds = (end - first["ts"]) / 1e6, (event["ts"] - end) / 1e6
-            gaps.append({"at": at, "seconds": seconds, "before": last["name"][:80], "after": event["name"][:80]})
-        if event["ts"] + event["dur"] > end:
-            last = event
+    ordered = sorted(events, key=lambda event: event["ts"])
+    begin, gaps = (ordered[0]["ts"] if ordered else 0.0), list[dict[str, Any]]()
+    for before, after in zip(accumulate(ordered, _later), ordered[1:], strict=False):
+        end = before["ts"] + before["dur"]
+        if after["ts"] > end:
+            at, seconds = (end - begin) / 1e6, (after["ts"] - end) / 1e6
+            gaps.append({"at": at, "seconds": seconds, "before": before["name"][:80], "after": after["name"][:80]})
     return sorted(gaps, key=lambda gap: -gap["seconds"])[:GAPS]
+
+
+def _later(one: Event, other: Event) -> Event:
+    """The one that ends later."""
+    return other if other["ts"] + other["dur"] > one["ts"] + one["dur"] else one
 
 
 def summarise(events: list[Event], span_microseconds: float) -> dict[str, Any]:
