@@ -57,8 +57,7 @@ class Kept(NamedTuple):
     columns: list[torch.Tensor]
     """Each adapter's s B, views of them."""
     A_RK: torch.Tensor | None
-    """A itself where one A is all of it."""
-    copies_A: bool
+    """A itself where one A is all of it, else a copy."""
 
     @classmethod
     def of(cls, siblings: Siblings, block: torch.Tensor) -> Kept:
@@ -72,7 +71,7 @@ class Kept(NamedTuple):
             first += rank_of([linear])
         copies = len(As) > 1 or any(A_RK.dtype != block.dtype for A_RK in As)
         A_RK = block.new_empty(first - n_in, n_in) if copies else As[0] if As else None
-        return cls(block.shape[1], block, weights, columns, A_RK, copies)
+        return cls(block.shape[1], block, weights, columns, A_RK)
 
     def matrix(self, i: int) -> torch.Tensor:
         """The one that is kept."""
@@ -81,7 +80,7 @@ class Kept(NamedTuple):
     def fill(self, siblings: Siblings) -> None:
         """Copy the adapters as they are now."""
         _copy_scaled(self.columns, [adapter for linear in siblings.linears for adapter in linear.adapters])
-        if self.copies_A and self.A_RK is not None:
+        if self.A_RK is not None and self.A_RK is not siblings.operands.As[0]:
             torch.cat(siblings.operands.As, out=self.A_RK)
 
 
