@@ -304,6 +304,17 @@ def test_one_product_for_the_gradients_of_a_group_whose_weights_are_kept(monkeyp
     assert found == gate_up_and_down + qkv
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_no_columns_are_left_free_for_adapters_that_read_another_x(dropout: float) -> None:
+    """Masks of dropout may follow from how x lies, and no product would use the columns."""
+    linear = Layer4bit(keeps=True).linears["o"]
+    adapters = tuple(adapter._replace(dropout=dropout) for adapter in linear.adapters)
+    stage = Linears("x", ["y"], lambda: [linear._replace(adapters=adapters)])
+    stage.bind(None)
+    assert (stage.room() == 0) == bool(dropout)
+    assert stage.contractions() == [(0, 0 if dropout else R + 1)]
+
+
 def test_kept_dense_weights_follow_the_adapters() -> None:
     """B changes without a sign of it, as optimizers that write through pointers leave none."""
     layer = Layer4bit(keeps=True)

@@ -120,13 +120,15 @@ def flattened(operands: Operands[Any]) -> list[torch.Tensor | None]:
 class Siblings:
     """Linears that share an input under one autocast, with what follows from them for as long as they are the same."""
 
-    __slots__ = ("_plans", "autocast", "flat", "in_4bit", "linears", "operands")
+    __slots__ = ("_plans", "autocast", "drops", "flat", "joins", "linears", "operands")
 
     def __init__(self, linears: Sequence[LoraLinear], autocast: torch.dtype | None) -> None:
         self.linears, self.autocast = tuple(linears), autocast
         self.operands = operands_of(linears)
         self.flat = flattened(self.operands)
-        self.in_4bit = all(isinstance(linear.weight, Weight4bit) for linear in linears)
+        self.drops = any(adapter.dropout for linear in linears for adapter in linear.adapters)
+        # Whether a weight and its adapters can be one product: dropout gives the adapters another x.
+        self.joins = not self.drops and all(isinstance(linear.weight, Weight4bit) for linear in linears)
         self._plans: dict[tuple[int, torch.dtype], Plan] = {}
 
     def are(self, linears: Sequence[LoraLinear], autocast: torch.dtype | None) -> bool:

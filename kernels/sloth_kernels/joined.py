@@ -186,7 +186,7 @@ def forward_one(
 
 
 def backward_both(
-    dys: Sequence[torch.Tensor], made: Joined, n_in: int, rank: int, first: Any = None
+    dys: Sequence[torch.Tensor], made: Joined, n_in: int, rank: int, first: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx without the adapters' terms (T, K), and u (T, R), side by side in one matrix.
 
@@ -218,7 +218,7 @@ def _side_by_side(dys: Sequence[torch.Tensor], first: Any) -> torch.Tensor | Non
 
 
 def backward_apart(
-    dys: Sequence[torch.Tensor], made: Joined, n_in: int, rank: int, first: Any = None
+    dys: Sequence[torch.Tensor], made: Joined, n_in: int, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, each in memory of its own."""
     dx_TK, u_TR = (dys[0].new_empty(len(dys[0]), count) for count in (n_in, rank))

@@ -90,7 +90,7 @@ class Linears(NamedStage):
 
     def contractions(self) -> Sequence[tuple[int, int]]:
         """Of which columns of t, (first, count), each dy's product is of use, as it was bound last; 0 where of none."""
-        if self._siblings is None or not self._siblings.in_4bit:
+        if self._siblings is None or not self._siblings.joins:
             return [(0, 0)] * (len(self.writes) - 1)
         first, wanted = 0, []
         for _, _, adapters in self._siblings.linears:
@@ -146,7 +146,7 @@ class Linears(NamedStage):
         linears, siblings = self.read(), self._siblings
         if siblings is None or not siblings.are(linears, autocast):
             siblings = self._siblings = Siblings(linears, autocast)
-            self._columns = joined.columns_of(linears) if siblings.in_4bit else 0
+            self._columns = joined.columns_of(linears) if siblings.joins else 0
             self._forms = None
             self.forms()
         return BoundLinears(self, siblings)
@@ -172,7 +172,7 @@ class BoundLinears:
         return (*ys, banks_t) if residual is None else (residual + ys[0], banks_t)
 
     def _joins(self, plan: Plan, x: torch.Tensor) -> bool:
-        return plan.dtype == x.dtype and self.siblings.in_4bit
+        return plan.dtype == x.dtype and self.siblings.joins
 
     @property
     def recordable(self) -> bool:
@@ -186,7 +186,7 @@ class BoundLinears:
 
     def drops(self) -> bool:
         """Whether an adapter draws dropout masks."""
-        return any(adapter.dropout for linear in self.siblings.linears for adapter in linear.adapters)
+        return self.siblings.drops
 
     def _forward_joined(self, x: torch.Tensor, made: joined.Joined, residual: torch.Tensor | None) -> tuple[Any, ...]:
         biases, lead, x_TK = self.siblings.operands.biases, x.shape[:-1], rows(x)
@@ -243,8 +243,10 @@ class BoundLinears:
         n, m = len(dys), len(self.siblings.operands.As)
         grads: list[torch.Tensor | None] = [None] * (2 * (n + m))
         made = self.stage.group.again(self.siblings, x.dtype)
-        product_of = joined.backward_apart if self.stage.dense_gradient else joined.backward_both
-        dx_TK, u_TR = product_of(dys, made, x.shape[-1], t_TR.shape[1], given[0])
+        if self.stage.dense_gradient:
+            dx_TK, u_TR = joined.backward_apart(dys, made, x.shape[-1], t_TR.shape[1])
+        else:
+            dx_TK, u_TR = joined.backward_both(dys, made, x.shape[-1], t_TR.shape[1], given[0])
         for i, dy in enumerate(dys):
             if needs[n + i]:
                 grads[n + i] = dy.sum(0, dtype=self.siblings.operands.biases[i].dtype)

@@ -136,9 +136,9 @@ class Program:
             with torch.no_grad():
                 return frame.run_forward(x, NOTHING)
 
-    def trained(self) -> list[torch.Tensor]:
-        """The operands of its stages that want a gradient now."""
-        operands = [operand for stage in self.stages for operand in stage.bind(None).operands]
+    def trained(self, autocast: torch.dtype | None = None) -> list[torch.Tensor]:
+        """The operands of its stages that want a gradient now, in a call under ``autocast``."""
+        operands = [operand for stage in self.stages for operand in stage.bind(autocast).operands]
         return [operand for operand in operands if operand is not None and operand.requires_grad]
 
     def trace(self, x: torch.Tensor, constants: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class FirstInput:
         if x._backward_hooks or x._post_accumulate_grad_hooks:
             return False
         # Layers behind it may be checkpointed by the host: their input has to require a gradient as before.
-        return _trains(program, x)
+        return bool(program.trained(autocast_dtype(x)))
 
     def _is_unseen(self) -> bool:
         """Whether the host alone will have the embedding's output require a gradient, and no one else will see it.
@@ -131,10 +131,3 @@ def _is_ours(hook: Callable[..., Any]) -> bool:
 
 def _package(hook: Callable[..., Any]) -> str:
     return (getattr(hook, "__module__", None) or "").partition(".")[0]
-
-
-def _trains(program: Program, x: torch.Tensor) -> bool:
-    """Whether its output will require a gradient if ``x`` does not."""
-    autocast = autocast_dtype(x)  # as the call will bind them: linears remember what they were bound to last
-    bound = (stage.bind(autocast) for stage in program.stages)
-    return any(operand is not None and operand.requires_grad for stage in bound for operand in stage.operands)
