@@ -110,16 +110,23 @@ def _distance(a: torch.Tensor, truth: torch.Tensor, norm: str) -> float:
 
 
 def errors(ours: Evaluation, stock: Evaluation, truth: Evaluation, tolerance: float) -> list[Error]:
-    """Each output's and each gradient's errors in both norms, relative to the truth's size in that norm."""
+    """Each output's and each gradient's errors in both norms, relative to the truth's size in that norm.
+
+    Where the truth is 0, terms have cancelled, each as large as what else came of the call.
+    """
     found: list[Error] = []
     stock_tensors, true_tensors = dict(stock.tensors()), dict(truth.tensors())
-    for name, tensor in ours.tensors():
-        if tensor.numel() == 0:
-            continue
-        for norm in ("max", "fro"):
-            size = _distance(torch.zeros_like(true_tensors[name]), true_tensors[name], norm) or 1.0
-            mine, theirs = (_distance(t, true_tensors[name], norm) / size for t in (tensor, stock_tensors[name]))
-            found.append(Error(name, norm, mine, theirs, tolerance))
+    for norm in ("max", "fro"):
+        sizes = {
+            name: _distance(torch.zeros_like(true), true, norm) for name, true in true_tensors.items() if true.numel()
+        }
+        largest = max(sizes.values(), default=0.0) or 1.0
+        for name, tensor in ours.tensors():
+            if tensor.numel() == 0:
+                continue
+            mine, theirs = (_distance(t, true_tensors[name], norm) for t in (tensor, stock_tensors[name]))
+            size = sizes[name] or largest
+            found.append(Error(name, norm, mine / size, theirs / size, tolerance))
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -38,6 +40,7 @@ def test_a_share_set_in_pytorch_counts() -> None:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other processes of the run use the device")
 def test_the_driver_takes_what_is_assumed() -> None:
     """In a process without other users of the device: what neither the allocator holds nor is free is the driver's."""
     device = torch.device("cuda:0")

@@ -174,7 +174,7 @@ def _reset(case: Case) -> None:
         del os.environ[name]
     unset_hf_deepspeed_config()
     if case.zero:
-        zero.prepare_for_cpus()
+        zero.prepare(case.device)
         return
     PartialState(cpu=case.device == "cpu")
     if case.strategy == "fsdp2" and case.device == "cpu":

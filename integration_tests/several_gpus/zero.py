@@ -1,10 +1,11 @@
-"""DeepSpeed's ZeRO on CPUs over gloo, for ``cases``: how it is set up, and how its parameters are read."""
+"""DeepSpeed's ZeRO for ``cases``, on GPUs and on CPUs over gloo: how it is set up, and how its parameters are read."""
 
 from __future__ import annotations
 
 import os
 import re
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ def stage_of(strategy: str) -> int:
     return int(found[1]) if found else 0
 
 
-def prepare_for_cpus() -> None:
+def prepare(device: str) -> None:
     """Have accelerate count the processes, which on CPUs it does not under DeepSpeed; compile no operators."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
-    PartialState._prepare_backend = _gloo_for_deepspeed
+    os.environ |= {"DS_ACCELERATOR": device, "ACCELERATE_USE_DEEPSPEED": "true"}
+    if device == "cpu":
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+        PartialState._prepare_backend = _gloo_for_deepspeed
     import deepspeed.ops
 
-    for name in deepspeed.ops.__compatible_ops__:
-        deepspeed.ops.__compatible_ops__[name] = False
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
 
 
 _prepare_backend: Any = PartialState._prepare_backend

@@ -16,6 +16,7 @@ from integration_tests.plugins.layer_programs.common import (
     assert_same,
     programs,
     quantised,
+    reasons,
     switched_on,
     train,
 )
@@ -166,3 +167,13 @@ def test_linears_of_8_bits_are_as_if_nobody_had_called_them() -> None:
         assert linear.state.CB is None
         assert linear.state.SCB is None
     assert {linear.bias.dtype for linear in linears} == biases
+
+
+@pytest.mark.parametrize("part", ["CB", "SCB"])
+def test_weights_that_were_moved_without_their_scales_are_not_asked(part: str) -> None:
+    model = make_model("llama").requires_grad_(False).to(torch.bfloat16)
+    linear = in_8bit(model)[0]
+    setattr(linear.weight, part, getattr(linear.weight, part).to("meta"))
+    found = reasons(switched_on(adapted(model)))
+    assert len(found) == 1
+    assert "has its weight on cpu, what belongs to it on meta" in found.pop()

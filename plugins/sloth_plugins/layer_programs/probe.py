@@ -20,6 +20,9 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 The parts (norms, rotation, activation) have been matched to the bit; what is left to see here is how they are wired,
 and a wrong wire shows as a difference of the size of the result."""
 
+PARTS = ("CB", "SCB")
+"""Of bitsandbytes' 8-bit weights: the integers, and the scale of each row."""
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -75,7 +78,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     For bitsandbytes' 4-bit linears training is no other mode but for one thing: where they evaluate on a CPU with
     products of bfloat16, they pack their weights anew, with rounded scales, for good. So they stay in it.
+
+    Raises:
+        RuntimeError: the model cannot be asked: a kernel would read memory of another device.
     """
+    _check_devices(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     for module, _ in modes:
@@ -87,6 +94,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _check_devices(model: nn.Module) -> None:
+    """``model.cpu()`` moves weights of 8 bits alone; their scales, and the copy that products read, stay behind."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        parts = [getattr(owner, part, None) for owner in (weight, getattr(module, "state", None)) for part in PARTS]
+        left = {part.device for part in parts if isinstance(part, torch.Tensor)} - {getattr(weight, "device", None)}
+        if left:
+            raise RuntimeError(
+                f"{name} has its weight on {weight.device}, what belongs to it on {left.pop()}: "  # type: ignore[union-attr]
+                "load the model on the device that it is to train on"
+            )
 
 
 @contextmanager
