@@ -43,17 +43,25 @@ def reference(gate: torch.Tensor, up: torch.Tensor, variant: str = "silu") -> to
 
 
 @triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)). As the square of a root: a division takes five instructions more, which ``glu_contractions``
+    has no time for."""
+    root = tl.rsqrt(1.0 + tl.exp(-x))
+    return root * root
+
+
+@triton.jit
 def activation(g, VARIANT: tl.constexpr):
     """Returns act(g) and act'(g)."""
     if VARIANT == "silu":
-        s = tl.sigmoid(g)
+        s = _sigmoid(g)
         slope = s * (1.0 + g * (1.0 - s))
     elif VARIANT == "gelu":
         s = 0.5 + 0.5 * tl.erf(g * 0.7071067811865476)
         slope = s + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
     else:
         g2 = g * g
-        s = tl.sigmoid(1.5957691216057308 * g * (1.0 + 0.044715 * g2))
+        s = _sigmoid(1.5957691216057308 * g * (1.0 + 0.044715 * g2))
         slope = s * (1.0 + g * 1.5957691216057308 * (1.0 + 0.134145 * g2) * (1.0 - s))
     return g * s, slope
 
