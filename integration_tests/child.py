@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,8 @@ IMPORTED = (
     "trl.trainer.sft_trainer",
 )
 """What forked processes find imported, none of it ours: it takes longer than what most tests do with it."""
+GRACE = 20
+"""Seconds in which processes end that are asked to."""
 OPTIONAL = ("bitsandbytes", "networkx", "scipy", "sklearn", "torchao", "wandb")
 """Packages that hosts import where they find them, and that take half of the seconds of ``import trl``."""
 INTERPRET = "TRITON_INTERPRET"
@@ -73,6 +77,26 @@ def run(script: str, environment: dict[str, str], *arguments: object) -> subproc
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
     assert result.returncode == 0, result.stderr[-3000:]
     return result
+
+
+def ended(process: subprocess.Popen[bytes], seconds: float | None, ask: signal.Signals = signal.SIGTERM) -> bool:
+    """Whether ``process``, the first of a session, ends in time; what it has started ends with it.
+
+    After ``seconds`` it gets ``ask``, and time to write what it has found and to end what is in sessions of its own, as
+    torchrun's processes are.
+    """
+    try:
+        process.wait(seconds)
+        return True
+    except subprocess.TimeoutExpired:
+        process.send_signal(ask)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        return False
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 class Start(NamedTuple):

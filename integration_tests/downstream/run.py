@@ -7,7 +7,6 @@ docs/downstream.md. The tests are taken from the tag of the installed version, a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fnmatch
 import json
 import os
@@ -21,14 +20,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from integration_tests import child
 from integration_tests.downstream.plugin import BARE, LOG, MODE, MODES, OPTIONS, OUT
 from integration_tests.downstream.standins import digest
 from integration_tests.downstream.suites import SUITES, Suite
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sloth-downstream"
-GRACE = 20
-"""Seconds in which pytest ends when it is interrupted."""
 Outcome = dict[str, Any]
 
 
@@ -137,31 +135,14 @@ def _run(suite: Suite, mode: str, folder: Path, standins: Path | None, options: 
     command = [sys.executable, "-m", "pytest", "-p", "integration_tests.downstream.plugin", *_pytest_options(suite)]
     command += ["-k", keyword] if (keyword := options.tests or suite.keyword) else []
     command += ["-n", str(options.jobs)] if options.jobs else []
-    late = not _ended(
-        subprocess.Popen(command, cwd=folder / mode, env=variables, start_new_session=True), options.limit
-    )
+    tests = subprocess.Popen(command, cwd=folder / mode, env=variables, start_new_session=True)
+    late = not child.ended(tests, options.limit, signal.SIGINT)
     if not out.exists():
         raise SystemExit(f"pytest did not get to its end in mode {mode!r}")
     outcome = json.loads(out.read_text())
     if late:
         outcome["problems"].append(f"ended after {options.limit:g} s, with {len(outcome['tests'])} tests run")
     return outcome
-
-
-def _ended(child: subprocess.Popen[bytes], seconds: float | None) -> bool:
-    """Whether pytest ends in time; it is interrupted then, so that it writes what it has found."""
-    try:
-        child.wait(seconds)
-        return True
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(GRACE)
-        return False
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
 
 
 def _pytest_options(suite: Suite) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -133,17 +134,17 @@ try:
 except KeyboardInterrupt:
     pathlib.Path({str(found)!r}).write_text(str(other.pid))
 """
-    child_ = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
     while not ready.exists():
         time.sleep(0.05)
-    assert not runner._ended(child_, 0.1)
+    assert not child.ended(process, 0.1, signal.SIGINT)
     other = int(found.read_text())
     for _ in range(100):
         if not alive(other):
             break
         time.sleep(0.05)
     assert not alive(other)
-    assert runner._ended(subprocess.Popen([sys.executable, "-c", ""], start_new_session=True), None)
+    assert child.ended(subprocess.Popen([sys.executable, "-c", ""], start_new_session=True), None)
 
 
 @pytest.mark.parametrize("jobs", [0, 1])

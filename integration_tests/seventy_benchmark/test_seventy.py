@@ -114,6 +114,6 @@ def test_contenders_train_alike(tmp_path: Path) -> None:
 
 def test_a_contender_that_fails_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seventy, "PACKAGE", "integration_tests.benchmarks.seventy.nothing")
-    with pytest.raises(RuntimeError, match="stock ended with 1 after"):
+    with pytest.raises(RuntimeError, match="stock ended with 1; its output"):
         seventy.main(["--out", str(tmp_path), "--tiny", "--contenders", "stock", "--gpus", "1"])
     assert report.load(tmp_path) == []

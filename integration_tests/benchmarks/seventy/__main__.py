@@ -15,14 +15,13 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from integration_tests.benchmarks.seventy import report
 from integration_tests.benchmarks.seventy.train import add_sizes
 from integration_tests.benchmarks.training import contenders, run
 from integration_tests.benchmarks.training.contenders import CONTENDERS
-from integration_tests.benchmarks.training.scaling import GRACE, ended
+from integration_tests.child import GRACE
 
 PACKAGE = "integration_tests.benchmarks.seventy"
 PASSED_ON = ("layers", "rank", "rows", "length", "accumulation", "steps", "warmup", "budget", "timeout", "limit")
@@ -48,11 +47,11 @@ def measured(contender: str, options: argparse.Namespace) -> report.Result:
     ] + ["--tiny"] * options.tiny
     given = ((name, getattr(options, name)) for name in PASSED_ON)
     command += [f"--{name}={value}" for name, value in given if value is not None]
-    start = time.monotonic()
-    child = subprocess.Popen(command, env=run.environment(run.Settings(), CONTENDERS[contender].kind), cwd=run.ROOT)
-    ending = ended(child, options.limit + GRACE)
-    if child.returncode or not file.exists():
-        raise RuntimeError(f"{contender} {ending} after {time.monotonic() - start:.0f} s; its output is above")
+    around = run.environment(run.Settings(), CONTENDERS[contender].kind)
+    started = subprocess.Popen(command, env=around, cwd=run.ROOT, start_new_session=True)
+    how = run.ending(started, options.limit + GRACE)  # it ends itself before, and says where it was
+    if started.returncode or not file.exists():
+        raise RuntimeError(f"{contender} {how}; its output is above")
     return json.loads(file.read_text())
 
 

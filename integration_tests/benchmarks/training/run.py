@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from integration_tests import child
 from integration_tests.benchmarks.training import contenders, judge, models, results, workloads
 from integration_tests.benchmarks.training.contenders import CONTENDERS, DRIVER_GIB
 from integration_tests.benchmarks.training.measure import MARK, format_points
@@ -107,9 +107,9 @@ def launch(job: Job, settings: Settings) -> list[Result]:
     log.parent.mkdir(parents=True, exist_ok=True)
     command, around = measuring(job, model, settings), environment(settings, kind)
     with log.open("w") as file:
-        child = subprocess.Popen(command, env=around, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
-        ending = _wait(child, settings.timeout)
-    return collect(job, log.read_text(errors="replace"), ending)
+        started = subprocess.Popen(command, env=around, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+        how = ending(started, settings.timeout)
+    return collect(job, log.read_text(errors="replace"), how)
 
 
 def measuring(job: Job, model: Path, settings: Settings) -> list[str]:
@@ -120,16 +120,9 @@ def measuring(job: Job, model: Path, settings: Settings) -> list[str]:
     return command + (["--budget", str(job.budget_gb)] if job.budget_gb is not None else [])
 
 
-def _wait(child: subprocess.Popen[bytes], timeout: float) -> str:
-    """Until the child ends; after ``timeout`` seconds it is ended, with all that it started."""
-    try:
-        return f"ended with {child.wait(timeout)}"
-    except subprocess.TimeoutExpired:
-        return f"took longer than {timeout:g} s"
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+def ending(process: subprocess.Popen[bytes], seconds: float) -> str:
+    """How a measurement ended, which may take so many seconds."""
+    return f"ended with {process.returncode}" if child.ended(process, seconds) else f"took longer than {seconds:g} s"
 
 
 def collect(job: Job, log: str, ending: str) -> list[Result]:

@@ -29,8 +29,6 @@ from integration_tests.benchmarks.training.report import table
 
 Result = dict[str, Any]
 STOCK = "stock"
-GRACE = 20
-"""Seconds in which torchrun ends its processes."""
 
 
 def measured(contender: str, gpus: int, options: argparse.Namespace, place: int = 0) -> Result:
@@ -43,8 +41,8 @@ def measured(contender: str, gpus: int, options: argparse.Namespace, place: int 
     command += ["--model", str(options.model), "--steps", str(options.steps)] + ["--tiny"] * options.tiny
     around = environment(contender, gpus, options, place)
     with tempfile.TemporaryFile("w+") as log:
-        child = subprocess.Popen(command, env=around, cwd=run.ROOT, stdout=log, stderr=log)
-        ending = ended(child, options.timeout)
+        started = subprocess.Popen(command, env=around, cwd=run.ROOT, stdout=log, stderr=log, start_new_session=True)
+        how = run.ending(started, options.timeout)
         log.seek(0)
         text = log.read()
     lines = [line.partition(MARK)[2] for line in text.splitlines() if line.startswith(MARK)]
@@ -52,21 +50,7 @@ def measured(contender: str, gpus: int, options: argparse.Namespace, place: int 
         return {**json.loads(lines[-1]), "gpus": gpus}
     rows, length = workloads.get(options.workload, options.tiny).points[0]
     about = {"workload": options.workload, "batch": rows, "length": length, "contender": contender, "gpus": gpus}
-    return {**about, "status": "error", "error": f"{ending}: {text[-3000:]}"}
-
-
-def ended(child: subprocess.Popen[bytes], seconds: float) -> str:
-    """How a torchrun ended; after ``seconds`` it is asked to end its processes, which are in sessions of their own."""
-    try:
-        return f"ended with {child.wait(seconds)}"
-    except subprocess.TimeoutExpired:
-        child.terminate()
-    try:
-        child.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-    return f"was ended, as it took longer than {seconds:g} s,"
+    return {**about, "status": "error", "error": f"{how}: {text[-3000:]}"}
 
 
 def environment(contender: str, gpus: int, options: argparse.Namespace, place: int) -> dict[str, str]:
