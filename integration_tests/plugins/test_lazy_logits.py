@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -42,3 +44,21 @@ def test_a_cast_that_loses_something_counts_in_a_loss_that_is_to_come() -> None:
     for to in (torch.bfloat16, torch.int64, "cpu"):
         assert not isinstance(logits.to(to), LazyLogits)
         logits = LazyLogits(logits.product, torch.float32)
+
+
+def test_an_adapter_that_is_put_around_the_head_afterwards_is_heard_of() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = tiny.make_tokenizer()
+    ids = torch.arange(3, 15).view(2, 6)
+    options = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    losses = []
+    for backend in (False, True):
+        model = tiny.make_model(tokenizer, tie_word_embeddings=False)
+        if backend:
+            model = sloth_backend.optimize(model, config={"print_report": False})
+        torch.manual_seed(0)
+        model = get_peft_model(model, options)
+        with pytest.warns(RuntimeWarning, match="before the loss.*an adapter") if backend else nullcontext():
+            losses.append(model(input_ids=ids, labels=ids).loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

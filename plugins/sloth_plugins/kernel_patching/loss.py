@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -28,6 +29,10 @@ from sloth_kernels.op import Op
 from sloth_plugins.kernel_patching.lazy_logits import LazyLogits, Product, replaces_rows
 
 CAPABILITY = "linear_cross_entropy"
+COMPUTED = (
+    "all logits were computed before the loss, which takes memory and time: lm_head was wrapped or given hooks after "
+    "the backend was switched on (an adapter? put it in before), or the model does to its logits what is not known"
+)
 _deferring: ContextVar[Deferral | None] = ContextVar("sloth_deferring_logits", default=None)
 
 
@@ -231,6 +236,8 @@ def _fused_loss(fn: Callable[..., Any]) -> Callable[..., torch.Tensor]:
         **kwargs: Any,
     ) -> torch.Tensor:
         if not isinstance(logits, LazyLogits):
+            if _deferring.get() is not None:
+                warnings.warn(COMPUTED, RuntimeWarning, stacklevel=2)
             plain: Any = ForCausalLMLoss
             return plain(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
         product, epilogue, deferral = logits.product, logits.epilogue, _deferring.get()
