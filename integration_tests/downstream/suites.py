@@ -56,6 +56,13 @@ BNB = f"(bitsandbytes or bnb) and not ({OTHER_LORAS} or {NOT_LORA} or {NOT_BNB} 
 LORA = f"(loraconfig or test_lora or test_target_parameters) and not ({OTHER_LORAS})"
 """pytest compares without case; file names count too."""
 
+ACCELERATE = (
+    *("accelerator", "big_modeling", "cpu", "data_loader", "dataclasses", "grad_sync", "hooks", "kwargs_handlers"),
+    *("launch", "logging", "memory_utils", "metrics", "modeling_utils", "offload", "optimizer", "scheduler"),
+    *("state_checkpointing", "utils"),
+)
+"""All but examples, trackers, and what needs other hardware."""
+
 SUITES = {
     "trl-sft": Suite(
         "trl",
@@ -104,7 +111,7 @@ SUITES = {
     "accelerate": Suite(
         "accelerate",
         "huggingface/accelerate",
-        ("tests/test_accelerator.py", "tests/test_grad_sync.py", "tests/test_optimizer.py", "tests/test_scheduler.py"),
+        tuple(f"tests/test_{name}.py" for name in ACCELERATE),
         needs_models=False,
         environment={"RUN_SLOW": "yes"},
     ),
