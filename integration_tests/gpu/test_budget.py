@@ -11,11 +11,12 @@ from sloth_backend import SlothConfig
 from sloth_backend.budget import CONTEXT_BYTES, GIB, SPARE_MOST_BYTES, device_budget, measure_cuda
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-
+alone = pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other processes of the run use the device")
 SLACK = GIB // 2
 """What other parts of the process may take or give back between two measurements."""
 
 
+@alone
 def test_the_budget_can_be_allocated() -> None:
     device = torch.device("cuda:0")
     held = torch.empty(GIB, dtype=torch.uint8, device=device)
@@ -40,7 +41,7 @@ def test_a_share_set_in_pytorch_counts() -> None:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other processes of the run use the device")
+@alone
 def test_the_driver_takes_what_is_assumed() -> None:
     """In a process without other users of the device: what neither the allocator holds nor is free is the driver's."""
     device = torch.device("cuda:0")

@@ -82,6 +82,10 @@ ON_CPUS = {"ACCELERATE_USE_CPU": "true"}
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    torch.backends.cuda.is_built() and not torch.cuda.is_available(),
+    reason="Axolotl asks a PyTorch that is built for GPUs how they are linked, and there are none",
+)
 def test_two_processes_train_one_model(installed: dict[str, str], model_folder: Path, tmp_path: Path) -> None:
     """DDP over gloo. All weights are trained, so that no adapters are drawn, by SGD, which roundings do not turn."""
     # On CPUs Axolotl would place the model by its rank, as on the GPU of that number.
