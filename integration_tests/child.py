@@ -82,16 +82,18 @@ def run(script: str, environment: dict[str, str], *arguments: object) -> subproc
 def ended(process: subprocess.Popen[bytes], seconds: float | None, ask: signal.Signals = signal.SIGTERM) -> bool:
     """Whether ``process``, the first of a session, ends in time; what it has started ends with it.
 
-    After ``seconds`` it gets ``ask``, and time to write what it has found and to end what is in sessions of its own, as
-    torchrun's processes are.
+    After ``seconds``, or when somebody interrupts us, it gets ``ask``, and time to write what it has found and to end
+    what is in sessions of its own, as torchrun's processes are.
     """
     try:
         process.wait(seconds)
         return True
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as why:
         process.send_signal(ask)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
+        if isinstance(why, KeyboardInterrupt):
+            raise
         return False
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -115,13 +115,4 @@ SUITES = {
         needs_models=False,
         environment={"RUN_SLOW": "yes"},
     ),
-    "accelerate-two": Suite(
-        "accelerate",
-        "huggingface/accelerate",
-        ("tests/test_multidevice.py", "tests/fsdp/test_fsdp.py"),
-        keyword="MultiDeviceTester or PluginIntegration",
-        gpus=2,
-        needs_models=False,
-        environment={"RUN_SLOW": "yes"},
-    ),
 }

@@ -147,6 +147,18 @@ except KeyboardInterrupt:
     assert child.ended(subprocess.Popen([sys.executable, "-c", ""], start_new_session=True), None)
 
 
+def test_who_interrupts_the_runner_ends_the_tests() -> None:
+    process = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            child.ended(process, None)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert process.returncode == -signal.SIGTERM
+
+
 @pytest.mark.parametrize("jobs", [0, 1])
 def test_a_session_that_nobody_asked_for_is_a_problem(tmp_path: Path, jobs: int) -> None:
     _, problems = outcome(tmp_path, "installed", BEGINS, jobs=jobs)
