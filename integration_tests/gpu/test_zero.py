@@ -9,7 +9,7 @@ import torch
 
 from integration_tests.several_gpus.cases import Case
 from integration_tests.several_gpus.launching import Outcome, launch
-from integration_tests.several_gpus.same import assert_equal_in_all_processes
+from integration_tests.several_gpus.same import assert_as_near, assert_close, assert_equal_in_all_processes
 from integration_tests.several_gpus.zero import stage_of
 
 pytest.importorskip("deepspeed")
@@ -52,15 +52,12 @@ def test_the_numbers_are_those_of_stock(name: str, found: dict[str, list[Outcome
     assert bool(ours.changed("layer_program")) == (stage_of(RUNS[name]["strategy"]) < 3)
     assert ours.changed("rms_norm")
     assert ours.losses == pytest.approx(stock.losses, rel=RELATIVE)
-    assert ours.weights.keys() == stock.weights.keys()
-    for key, weight in stock.weights.items():
-        torch.testing.assert_close(ours.weights[key], weight, rtol=0, atol=RELATIVE * weight.abs().max().item())
+    assert_close(ours.weights, stock.weights, RELATIVE)
     assert_equal_in_all_processes(found[f"{name}, ours"])
 
 
 @pytest.mark.parametrize("name", HALVES)
 def test_bfloat16_stays_within_stock_s_distance_to_float32(name: str, found: dict[str, list[Outcome]]) -> None:
     exact, stock, ours = (found[f"{name}, {run}"][0] for run in ("stock", "half, stock", "half, ours"))
-    for truth, plain, mine in zip(exact.losses, stock.losses, ours.losses, strict=True):
-        assert abs(mine - truth) <= abs(plain - truth) + HALF * truth
+    assert_as_near(ours, stock, exact, HALF)
     assert_equal_in_all_processes(found[f"{name}, half, ours"])
